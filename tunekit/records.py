@@ -267,6 +267,7 @@ class ReportFacts:
     classes: Mapping[str, object] | None = None  # counts of each label, with the exported weights
     # each start of the command: its first and last step, and its minutes (up to the last checkpoint if it was killed)
     starts: Sequence[Mapping[str, float]] = ()
+    baselines: Mapping[str, object] | None = None  # scores of plain baselines on the evaluation rows
     base_bytes_of_rank: int | None = None  # the part of a sharded base that each rank stores
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from tunekit.artifacts.checkpoint import list_checkpoints
+from tunekit.artifacts.report.bad_signs import bad_signs
 from tunekit.artifacts.report.compare import Outcomes, comparison_report, differing_keys, outcome_table, same_but_seed
 from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.next_step import after_training
@@ -65,6 +66,7 @@ def report_verb(folders: Sequence[str], html: str | None, json_file: str | None,
         console.info(f"page: {page}")
     if len(paths) == 1:
         stopped = not runs[0].report and not is_held(paths[0]) and list_checkpoints(paths[0] / "checkpoints")
+        console.warn(*bad_signs(runs[0]))
         console.next_steps([next_commands(paths[0])] if stopped else after_training(runs[0]))
     if csv_file is not None:
         write_text(Path(csv_file), _csv(outcome))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from tunekit.artifacts.report.bad_signs import bad_signs
 from tunekit.artifacts.report.next_step import after_training
 from tunekit.artifacts.report.values import run_values
 from tunekit.console import Console
@@ -69,6 +70,8 @@ def train_verb(
                 with run_files.locked_folder(session, path, resume, overwrite):
                     train_session(session, resume)
                 values = None if session.folder is None else run_values(path)
+                if values is not None:
+                    console.warn(*bad_signs(values))
                 if values is not None and "verdict" not in values.report:  # a warning has named its remedy
                     console.next_steps(after_training(values))
             if devices.is_main:

@@ -2,7 +2,7 @@
 baselines.
 
     scripts/bench/run defaults --model MODEL [--text-model MODEL] [--sets NAME,NAME] [--sides SIDE,SIDE] [--minutes N]
-                               [--label init] [--list] [--table] [--work FOLDER] [--output FOLDER]
+                               [--label init] [--most-steps N] [--list] [--table] [--work FOLDER] [--output FOLDER]
 
 MODEL: all-MiniLM-L6-v2; --text-model: SmolLM2-135M-Instruct, for the sets of answers. Rows are made from
 TUNEKIT_SHARED/data. A setting is chosen by its score on validation rows, and reported by its score on test rows. All
@@ -12,8 +12,9 @@ Sides: plain (baselines), short (a few steps, for --list), init (init's recipe u
 times steps of 16 rows, one seed), best (the two best settings of the grid, two more seeds), head (rates of the head
 alone), random (24 random settings).
 --label: the name under which init's recipe is recorded, to compare versions. A unit is one line of defaults.jsonl, and
-is never measured again, so a stopped command can be continued. --minutes N: start no unit after N minutes. --list: the
-units with their predicted CPU time. --table: only print the table of what is measured.
+is never measured again, so a stopped command can be continued. --minutes N: start no unit after N minutes.
+--most-steps N: leave out the settings of the grid with more steps. --list: the units with their predicted CPU time.
+--table: only print the table of what is measured.
 """
 
 from __future__ import annotations
@@ -357,7 +358,13 @@ def table(units: dict[str, Unit], label: str) -> str:
 
 
 def main() -> None:
-    more = {"text_model": "", "sets": ",".join(SETS), "sides": ",".join(SIDES), "label": "init"}
+    more = {
+        "text_model": "",
+        "sets": ",".join(SETS),
+        "sides": ",".join(SIDES),
+        "label": "init",
+        "most_steps": LONG_STEPS,
+    }
     settings = parse_options(__doc__, "defaults", **more, list=False, table=False)
     path, started, names = settings.path.with_suffix(".jsonl"), time.monotonic(), settings.sets.split(",")
     units, bases = read_units(path), {"encoder": settings.model, "decoder": settings.text_model}
@@ -372,6 +379,8 @@ def main() -> None:
         for name in names:
             for key in keys_of(name, units, settings.label):
                 if key in units or side_of(key, units, settings.label) != side or "|best " in key:
+                    continue
+                if side == "grid" and int(key.split("|")[1].split()[-1]) > settings.most_steps:
                     continue
                 if time.monotonic() - started > settings.minutes * 60:
                     return

@@ -1,15 +1,17 @@
 """Finishes a run: exports its result, measures tasks, collects all facts for the report, and writes it."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 from tunekit.artifacts.checkpoint import list_checkpoints, load_checkpoint
+from tunekit.artifacts.report.bad_signs import bad_signs
 from tunekit.artifacts.report.next_step import AFTER_VERDICT
 from tunekit.artifacts.report.tasks import change_table, forgetting, score_table
+from tunekit.artifacts.report.values import run_values
 from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import STOPPED_BY_TIME, TASKS_NAME, RunFolder
 from tunekit.artifacts.stopped import next_commands
@@ -22,6 +24,7 @@ from tunekit.machine.signals import TimeUp, time_limit
 from tunekit.metrics.classes import class_facts
 from tunekit.model.quantized.weights import stored_bytes
 from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.objectives.rows.baselines import plain_scores
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.reading.names import shows_of
 from tunekit.records import Reaction, ReportFacts, bytes_text, skipped_text
@@ -64,7 +67,8 @@ def _write_result(folder: RunFolder, run: Run) -> None:
         step, rate = f"step {state.step} of {run.plan.steps}", f"at {run.rate():.0%} of training.learning_rate"
         console.warn(f"{KEY} ended the run after {step}, {rate}; {commands}")
     if facts.verdict is not None:
-        console.warn(f"{facts.verdict}; {remedy(saves_best, state.step, folder)}")
+        signs = bad_signs(run_values(folder.path))  # their sentences name the change
+        console.warn(facts.verdict if signs else f"{facts.verdict}; {remedy(saves_best, state.step, folder)}")
     if facts.skipped_steps:
         console.warn(skipped_text(facts.skipped_steps))
     console.info(f"{place.name + ':':<8} {place} ({bytes_text(size_bytes)})")
@@ -207,4 +211,5 @@ def report_facts(run: Run, folder: RunFolder, adapter_bytes: int, *, saved_best:
         calibration=state.calibration,
         budget_bytes=plan.budget_bytes,
         starts=state.starts,
+        baselines=baselines,
     )

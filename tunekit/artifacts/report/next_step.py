@@ -10,16 +10,16 @@ from statistics import fmean
 
 import numpy as np
 
+from tunekit.artifacts.report.bad_signs import bad_signs
 from tunekit.artifacts.report.paired import Losses, different_rows, ratio_error
-from tunekit.artifacts.report.values import RunValues
+from tunekit.artifacts.report.values import LEARNED, RunValues
 from tunekit.basics import NORMAL_95, student
 from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.reading.names import objective_class
-from tunekit.records import Headline, Plan, bytes_text
+from tunekit.records import Plan, bytes_text
 
 MOST = 2  # maximum of sentences after a command
 CHANGE = 0.01  # share of a loss; a smaller change does not count
-LEARNED = 0.01  # a loss in nats per unit below which nothing is left to learn: the probability is above 0.99
 LEAST_STEPS = 12  # minimum of steps that show a trend
 TIMES = 3.0  # factor between learning rates to try
 WIDE = 0.1  # share of the change by training; a wider interval hides differences between recipes
@@ -28,10 +28,13 @@ AFTER_VERDICT = "lower training.learning_rate, train for fewer steps, or check t
 
 
 def after_training(run: RunValues) -> list[str]:
-    """The next steps after a finished run, most important first. For a run with a bad verdict, only AFTER_VERDICT."""
+    """The next steps after a finished run, most important first. For a run with a bad verdict, only AFTER_VERDICT. If
+    the run has bad signs, their sentences name what to change in training, so that no rule contradicts them."""
+    signs = bad_signs(run)
     if not run.report or "verdict" in run.report:
-        return [AFTER_VERDICT] if run.report else []
-    return [text for rule in AFTER_TRAINING if (text := rule(run)) is not None][:MOST]
+        return [AFTER_VERDICT] if run.report and not signs else []
+    rules = AFTER_TRAINING[len(ABOUT_LOSSES) :] if signs else AFTER_TRAINING
+    return [text for rule in rules if (text := rule(run)) is not None][:MOST]
 
 
 def learned_at_once(run: RunValues) -> str | None:
@@ -41,7 +44,7 @@ def learned_at_once(run: RunValues) -> str | None:
     Source: the loss of a model that must guess among K equally likely answers is ln K; Karpathy 2019, A recipe for
     training neural networks (check the loss at the start). Leaks: Lee et al. 2022, section 5.
     """
-    loss = run.steps[0].number("loss") if run.steps and _has_loss(run) and _is_log_loss(run) else None
+    loss = run.steps[0].number("loss") if run.steps and run.has_loss and run.is_log_loss else None
     if loss is not None and 0 <= loss < LEARNED:
         return (
             f"the training loss was {loss:.2g} already at step 1: check with tunekit preview that the prompt does not "
@@ -65,7 +68,7 @@ def evaluation_rises(run: RunValues) -> str | None:
 
     Source: the generalisation loss GL(t) = E(t) / min E - 1; Prechelt 1998, Early stopping - but when?, section 2.
     """
-    losses, evaluation = _evaluation_losses(run), run.recipe.part("evaluation")
+    losses, evaluation = run.evaluation_losses, run.recipe.part("evaluation")
     if len(losses) < 3 or evaluation.get("best") not in (None, "eval.loss"):
         return None
     (best, lowest), (last, loss) = min(losses, key=lambda pair: pair[1]), losses[-1]
@@ -89,9 +92,9 @@ def evaluation_falls(run: RunValues) -> str | None:
 
     Source: Prechelt 1998, section 2: training continues while the validation error falls.
     """
-    losses = _evaluation_losses(run)
+    losses = run.evaluation_losses
     stopped_early = run.report.count("final_step") < run.plan.count("steps")
-    if len(losses) < 3 or stopped_early or _is_learned(run, losses[-1][1]):
+    if len(losses) < 3 or stopped_early or run.is_learned(losses[-1][1]):
         return None
     if run.report.get("best_step", losses[-1][0]) != losses[-1][0]:
         return None
@@ -118,12 +121,12 @@ def loss_is_flat(run: RunValues) -> str | None:
     """
     losses = [value for record in run.steps if (value := record.number("loss")) is not None]
     rate, third = run.recipe.part("training").number("learning_rate"), len(losses) // 3
-    if not _has_loss(run) or len(losses) < LEAST_STEPS or not rate:
+    if not run.has_loss or len(losses) < LEAST_STEPS or not rate:
         return None
     first, last = fmean(losses[:third]), fmean(losses[-third:])
     variance = fmean((after - before) ** 2 for before, after in pairwise(losses)) / 2
     noise = NORMAL_95 * math.sqrt(2 * variance / third)
-    if abs(last - first) > noise or first - last > CHANGE * abs(first) or _is_learned(run, last):
+    if abs(last - first) > noise or first - last > CHANGE * abs(first) or run.is_learned(last):
         return None
     rates = [rate * TIMES, rate / TIMES]
     limit, norms = run.recipe.part("training").number("max_grad_norm"), _norms(run)
@@ -214,10 +217,8 @@ def _without_evaluation(objective: type[ObjectiveSettings], rows: int, streamed:
     return f"no evaluation rows measure the result: {how}"
 
 
-AFTER_TRAINING = (
-    *(learned_at_once, evaluation_rises, evaluation_falls, loss_is_flat),
-    *(rows_are_few, nothing_measured, memory_is_left),
-)
+ABOUT_LOSSES = (learned_at_once, evaluation_rises, evaluation_falls, loss_is_flat)
+AFTER_TRAINING = (*ABOUT_LOSSES, rows_are_few, nothing_measured, memory_is_left)
 
 
 def after_plan(
@@ -284,29 +285,6 @@ def after_evaluation(
         "run": f"tunekit report {shlex.quote(target)} shows the rows with the highest loss",
     }
     return [*([] if noise is None else [noise]), *([commands[kind]] if kind in commands else [])]
-
-
-def _has_loss(run: RunValues) -> bool:
-    """Whether the training loss shows how good the run is."""
-    return run.shows.headline == Headline() and not run.shows.draws
-
-
-def _is_learned(run: RunValues, loss: float) -> bool:
-    """Whether nothing is left to learn at this loss."""
-    return loss < LEARNED and _is_log_loss(run)
-
-
-def _is_log_loss(run: RunValues) -> bool:
-    """Whether the loss is a negative log-probability, so that LEARNED applies to it."""
-    return run.objective.is_log_loss(run.recipe.part("objective"))
-
-
-def _evaluation_losses(run: RunValues) -> list[tuple[int, float]]:
-    """(step, loss) of each evaluation. Empty if a metric other than the loss shows how good the run is."""
-    if run.shows.headline != Headline():
-        return []
-    pairs = ((record.count("step"), record.part("eval").number("loss")) for record in run.evaluations)
-    return [(step, loss) for step, loss in pairs if loss is not None]
 
 
 def _training_fell(run: RunValues, step: int) -> bool:

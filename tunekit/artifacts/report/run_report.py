@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 
+from tunekit.artifacts.report.bad_signs import bad_signs
 from tunekit.artifacts.report.curves import binned_text, charts_of
 from tunekit.artifacts.report.next_step import after_training
 from tunekit.artifacts.report.pictures import before_and_after
@@ -80,7 +81,9 @@ def _verdict(run: RunValues) -> tuple[str, Tone]:
 
 
 def _next_steps(run: RunValues) -> Iterator[ReportSection]:
-    """The next steps that follow from the run's measurements."""
+    """The signs that the run went badly, and the next steps that follow from its measurements."""
+    if signs := bad_signs(run):
+        yield ReportSection("What went badly", warnings=[f"{sign[0].upper()}{sign[1:]}." for sign in signs])
     if steps := after_training(run):
         yield ReportSection("Next step", [f"{step[0].upper()}{step[1:]}." for step in steps])
 

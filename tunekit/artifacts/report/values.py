@@ -16,11 +16,12 @@ from tunekit.files.lock import is_held
 from tunekit.files.untrusted import printable
 from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.reading.names import facts_of, known_names, objective_class
-from tunekit.records import Shows
+from tunekit.records import Headline, Shows
 
 FILES = ("plan", "report", "environment", "status")
 LARGEST = 1e300  # the largest valid number; larger numbers and NaN are damage
 MOST_CHARACTERS = 2**20  # maximum of a shown text file; a recipe is not larger
+LEARNED = 0.01  # a loss in nats per unit below which nothing is left to learn: the probability is above 0.99
 MOST_NAME = 200  # maximum characters of a state's text
 
 
@@ -95,6 +96,28 @@ class RunValues:
     def shows(self) -> Shows:
         """How reports show runs with this run's objective."""
         return self.objective.shows
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the training loss shows how good the run is."""
+        return self.shows.headline == Headline() and not self.shows.draws
+
+    @property
+    def is_log_loss(self) -> bool:
+        """Whether the loss is a negative log-probability."""
+        return self.objective.is_log_loss(self.recipe.part("objective"))
+
+    def is_learned(self, loss: float) -> bool:
+        """Whether nothing is left to learn at this loss."""
+        return loss < LEARNED and self.is_log_loss
+
+    @property
+    def evaluation_losses(self) -> list[tuple[int, float]]:
+        """(step, loss) of each evaluation. Empty if a metric other than the loss shows how good the run is."""
+        if self.shows.headline != Headline():
+            return []
+        pairs = ((record.count("step"), record.part("eval").number("loss")) for record in self.evaluations)
+        return [(step, loss) for step, loss in pairs if loss is not None]
 
     @property
     def exported_step(self) -> int | None:

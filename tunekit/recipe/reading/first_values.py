@@ -7,8 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from tunekit.recipe.reading.names import known_names
+from tunekit.recipe.bases.section import AdapterSettings, ObjectiveSettings
+from tunekit.recipe.reading.names import adapter_class, known_names
 from tunekit.recipe.reading.yaml_reader import read_text, read_yaml
+from tunekit.recipe.training import TrainingSection
 
 RULES = Path(__file__).with_name("first_values.yaml")
 
@@ -46,6 +48,29 @@ def first_values(objective: str, method: str, base: str) -> FirstValues | None:
     """The first rule that fits; None if nothing was measured for these names."""
     fits = (rule for rule in rules() if objective in rule.objectives and method in rule.methods and base == rule.base)
     return next(fits, None)
+
+
+def usual_rate(objective: type[ObjectiveSettings], method: str) -> float:
+    """The learning rate that was measured for an objective and a method; else the published one; else the default."""
+    adapter = adapter_class(method) if method in known_names("adapters") else AdapterSettings
+    rule = _any_base(objective, method)
+    published = (None if adapter.trains_base else objective.default_learning_rate) or adapter.default_learning_rate
+    if rule is not None:
+        return rule.learning_rate
+    default: float = TrainingSection.model_fields["learning_rate"].default
+    return default if published is None else published.value
+
+
+def usual_rows(objective: type[ObjectiveSettings], method: str, rows: int, labels: int) -> int | None:
+    """The measured number of rows that all steps together read; None if it was not measured."""
+    rule = _any_base(objective, method)
+    return None if rule is None else rule.steps(rows, labels) * rule.rows_per_step
+
+
+def _any_base(objective: type[ObjectiveSettings], method: str) -> FirstValues | None:
+    """The first rule for an objective and a method, with any base."""
+    name = objective.model_fields["method"].default
+    return next((rule for rule in rules() if name in rule.objectives and method in rule.methods), None)
 
 
 def rules_text() -> str:
