@@ -142,6 +142,7 @@ def test_report_json_has_what_was_measured_and_nothing_else(run: RunFolder) -> N
         "verdict",
         "classes",
         "base_bytes_of_rank",
+        "baselines",
     }
 
 
