@@ -1,8 +1,9 @@
 """Finishes a run: exports its result, measures tasks, collects all facts for the report, and writes it."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -58,6 +59,7 @@ def _write_result(folder: RunFolder, run: Run) -> None:
         _measure_tasks(folder, run, compares=is_base and not recipe.adapter.trains_base)
     state.note_time(session.limit.elapsed)
     facts = report_facts(run, folder, size_bytes, saved_best=saves_best, start=start)
+    facts = replace(facts, baselines=plain_scores(run.objective, planned.rows.train, planned.rows.evaluation))
     ended = STOPPED_BY_TIME if run.ended_by_time else "stopped early: no gain" if state.stopped_early else "finished"
     reason = ended if facts.verdict is None else f"{ended}; {facts.verdict}"
     write_report(folder, facts, run.plan, reason)
@@ -211,5 +213,4 @@ def report_facts(run: Run, folder: RunFolder, adapter_bytes: int, *, saved_best:
         calibration=state.calibration,
         budget_bytes=plan.budget_bytes,
         starts=state.starts,
-        baselines=baselines,
     )
