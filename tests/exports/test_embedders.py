@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from tests.conftest import write_tiny_llama
 from tests.support.embed_case import write_case
 from tests.support.train_case import train
-from tunekit.errors import InputError, TunekitError
+from tunekit.errors import InputError, ModelError, TunekitError
 from tunekit.export import export_verb
 from tunekit.exports.llama_cpp.converter import converter_folder, imported
 from tunekit.merge import merge_verb
@@ -136,6 +136,27 @@ def test_a_gguf_file_of_a_decoder_pools_its_last_token(tmp_path: Path) -> None:
     export_verb(str(run), "gguf", str(tmp_path / "model.gguf"))
     fields, _ = fields_and_tensors(tmp_path / "model.gguf")
     assert fields["llama.pooling_type"] == LAST
+
+
+@needs_converter
+def test_dense_layers_are_not_left_out_of_a_gguf_file(bert: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    run = run_of(tmp_path, bert)
+    merge_verb(str(run), str(folder), None, None, [])
+    modules = read(folder, "modules.json")
+    place = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    (folder / "modules.json").write_text(json.dumps([*modules[:2], place]), encoding="utf-8")
+    (folder / "2_Dense").mkdir()
+    values = {"in_features": 32, "out_features": 8, "bias": False, "activation_function": "torch.nn.Tanh"}
+    (folder / "2_Dense" / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    save_file({"linear.weight": torch.zeros(8, 32)}, folder / "2_Dense" / "model.safetensors")
+    with pytest.raises(InputError, match="the file would lack the model's dense layers; choose another --to"):
+        export_verb(str(folder), "gguf", str(tmp_path / "model.gguf"))
+    (folder / "2_Dense").rename(tmp_path / "elsewhere")
+    place["path"] = "../elsewhere"
+    (folder / "modules.json").write_text(json.dumps([*modules[:2], place]), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"in N_Dense/, but is \.\./elsewhere/"):
+        export_verb(str(folder), "gguf", str(tmp_path / "model.gguf"))
 
 
 @needs_converter

@@ -21,12 +21,13 @@ from tests.conftest import write_tiny_llama
 from tests.support.loop_case import CPU, BoundaryStore, TunedModel
 from tests.support.train_case import losses, train, write_sections
 from tunekit.contracts import EncodeOptions
+from tunekit.errors import ModelError
 from tunekit.export import export_verb
 from tunekit.formats.embedding import EmbeddingExample
 from tunekit.generate import generate_verb
 from tunekit.merge import merge_verb
 from tunekit.model.families import make_family
-from tunekit.model.load import load_model
+from tunekit.model.load import base_fingerprint, load_model
 from tunekit.model.storage.sentence_transformers import EmbeddingProcessor
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.embed import make
@@ -140,6 +141,80 @@ def test_an_export_in_the_older_schema_gives_the_embeddings_of_the_newer_one(ber
     older = st.SentenceTransformer(str(tmp_path / "older"), device="cpu")
     assert older.max_seq_length == 32
     torch.testing.assert_close(older.encode(list(TEXTS)), model.encode(list(TEXTS)), rtol=1e-6, atol=1e-6)
+
+
+def with_dense_layers(bert: Path, folder: Path) -> Any:
+    """A model of sentence_transformers with two dense layers, saved in the schema since 5.4."""
+    from sentence_transformers.base.modules.dense import Dense
+    from sentence_transformers.sentence_transformer.modules import Normalize
+
+    torch.manual_seed(1)
+    plain = modules_on(bert, "mean", normalize=False)
+    layers = [Dense(32, 48), Dense(48, 24, bias=False, activation_function=torch.nn.Identity())]
+    model = st.SentenceTransformer(modules=[plain[0], plain[1], *layers, Normalize()], device="cpu")
+    model.save_pretrained(str(folder))
+    return model
+
+
+@pytest.mark.drawn
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_dense_layers_are_read_kept_and_written(method: str, bert: Path, tmp_path: Path) -> None:
+    model = with_dense_layers(bert, tmp_path / "base")
+    wanted = torch.from_numpy(model.encode(list(TEXTS)))
+    torch.testing.assert_close(ours_of(tmp_path / "base", TEXTS), wanted, rtol=1e-5, atol=2e-6)
+    rows = [{"query": f"what is {number}", "document": f"it is {number} here"} for number in range(16)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    values: dict[str, Any] = {
+        "model": {"name_or_path": str(tmp_path / "base"), "dtype": "float32"},
+        "data": {"train": [{"path": "train.jsonl"}], "max_length": 64},
+        "adapter": {"method": method} | ({"dropout": 0.0} if method == "lora" else {}),
+        "objective": {"method": "embed"},
+        "training": {"learning_rate": 1e-2, "max_steps": 3, "micro_batch_size": 2, "gradient_accumulation_steps": 4},
+        "output": {"dir": "run"},
+    }
+    run = train(write_sections(tmp_path, values, {}))
+    folder = run / "model"
+    if method == "lora":
+        folder = tmp_path / "merged"
+        merge_verb(str(run / "adapter"), str(folder), None, None, [])
+    merged = st.SentenceTransformer(str(folder), device="cpu")
+    assert [type(module).__name__ for module in merged][2:] == ["Dense", "Dense", "Normalize"]
+    for place in (2, 3):
+        ours, theirs = merged[place].state_dict(), model[place].state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    found = torch.from_numpy(merged.encode(list(TEXTS)))
+    assert found.shape == (3, 24)
+    assert float((found * wanted).sum(dim=1).min()) < 0.999  # it has learned
+    for target in (run, folder, *([run / "adapter"] if method == "lora" else [])):
+        path = tmp_path / f"{target.name}.npy"
+        lines = "".join(json.dumps({"document": text}) + "\n" for text in TEXTS)
+        (tmp_path / "texts.jsonl").write_text(lines, encoding="utf-8")
+        settings = ["model.dtype=float32"]
+        generate_verb(str(target), None, None, str(tmp_path / "texts.jsonl"), settings, output=str(path))
+        np.testing.assert_allclose(np.load(path), found, rtol=1e-4, atol=2e-6)
+
+
+def test_other_dense_layers_are_another_base(bert: Path, tmp_path: Path) -> None:
+    """Their weights and activations are a part of the base's fingerprint; unknown activations are refused."""
+    with_dense_layers(bert, tmp_path / "base")
+    section = ModelSection(name_or_path=str(tmp_path / "base"))
+    first = base_fingerprint(section)
+    path = next((tmp_path / "base").glob("2_Dense")) / "config.json"
+    text = path.read_text("utf-8")
+    path.write_text(text.replace("Tanh", "ReLU"), encoding="utf-8")
+    assert base_fingerprint(section) != first
+    path.write_text(text.replace("Tanh", "Strange"), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"the activation .*Strange of the dense layer is unknown; choose a base with"):
+        ours_of(tmp_path / "base", TEXTS)
+    path.write_text(text, encoding="utf-8")
+    assert base_fingerprint(section) == first
+    weights = path.with_name("model.safetensors")
+    from safetensors.torch import load_file, save_file
+
+    save_file({"linear.weight": load_file(weights)["linear.weight"]}, weights)
+    assert base_fingerprint(section) != first
+    with pytest.raises(ModelError, match="but the layer needs"):
+        ours_of(tmp_path / "base", TEXTS)
 
 
 def test_generate_writes_the_embeddings_of_sentence_transformers(bert: Path, tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
     if pooling is not None and (len(pooling) > 1 or pooling[0] not in POOLINGS):
         what = f"llama.cpp pools by {', '.join(POOLINGS)}, but the model pools by {' and '.join(pooling)}"
         wrong.append(Problem(what, "choose another --to"))
+    if exportable.objective is not None and "dense" in exportable.objective.facts:
+        wrong.append(Problem("the file would lack the model's dense layers", "choose another --to"))
     if writes_adapter(exportable, options):
         wrong += adapter_problems(exportable)
     return wrong

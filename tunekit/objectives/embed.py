@@ -1,7 +1,10 @@
 """`objective: embed`: embedding models. The loss compares all texts of an optimizer step."""
 
+from pathlib import Path
+
 from tunekit.contracts import Answering, CompanionSpec, EncodeOptions, Facts, Objective
 from tunekit.files.cache_folder import hash_of
+from tunekit.model.storage.dense_layers import DenseLayer
 from tunekit.model.storage.sentence_transformers import EmbeddingProcessor
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.base import row_fingerprint
@@ -31,12 +34,16 @@ def make(settings: EmbedSettings, tokenizer: LoadedTokenizer, facts: Facts, opti
         "prompts": {name: prompt for name, (prompt, _) in sides.items() if prompt},
         "max_lengths": {name: length for name, (_, length) in sides.items() if length},
     }
+    dense = tuple(DenseLayer(Path(path)) for path in facts.get("modules", ()))
+    if dense:
+        saved["dense"] = [list(layer.facts) for layer in dense]
+    modules = {"modules": [str(layer.folder) for layer in dense]}
     return Objective(
         settings.method,
         settings.family,
         rows,
-        EmbedLoss(settings, tuple(pooling), normalize),
-        Answering("embedding", processor=EmbeddingProcessor(tokenizer, saved)),
+        EmbedLoss(settings, tuple(pooling), normalize, dense),
+        Answering("embedding", processor=EmbeddingProcessor(tokenizer, saved | modules)),
         () if settings.guide is None else (CompanionSpec("guide", "objective.guide", settings),),
         section=_section,
         facts=saved,
@@ -51,6 +58,10 @@ def _section(model: ModelSection, seed: int) -> ModelSection:
 def _notes(settings: EmbedSettings, facts: Facts) -> tuple[str, ...]:
     length = "an embedding has length 1" if facts["normalize"] else "embeddings keep their length"
     notes = [f"pooling: {' and '.join(facts['pooling'])}; {length}"]
+    notes += [
+        f"dense layer of the base: {size} -> {width} ({activation}); it is kept, and not trained"
+        for size, width, activation in facts.get("dense", ())
+    ]
     notes += [f"prompt of each {name}: {text!r}" for name, text in facts["prompts"].items()]
     if settings.ranks:
         notes.append(

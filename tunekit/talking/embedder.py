@@ -47,6 +47,8 @@ class Embedder:
     @property
     def width(self) -> int:
         """The number of numbers of an embedding."""
+        if self.loss.dense:
+            return self.loss.dense[-1].facts[1]
         base = self.loaded.model.base
         return base.family.hidden_size(base.net) * len(self.loss.pooling)
 

@@ -20,6 +20,7 @@ from tunekit.data.encoding.sources import read_template
 from tunekit.errors import InputError, ModelError, RunFolderError
 from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, base_fingerprint, load_model, make_meta_model
+from tunekit.model.storage.inspection import with_layers
 from tunekit.model.storage.model_folder import atomic_model_folder, copy_other_files
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.model.storage.source import find_source
@@ -156,7 +157,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any], 
     _require_base(section)
     named = {key: value for key, value in facts["objective"].items() if key not in ("method", *STEP_0)}
     processor = make_family(recipe.objective.family).processor(section)
-    objective = make_objective(recipe.objective, processor, named)
+    objective = make_objective(recipe.objective, processor, with_layers(named, section))
     section, cpu = objective.section(section, recipe.training.seed), torch.device("cpu")
     fingerprint = base_fingerprint(section)
     if fingerprint != saved.facts["fingerprint"]["base"]:

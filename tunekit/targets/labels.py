@@ -10,7 +10,7 @@ from tunekit.contracts import default_labels
 from tunekit.errors import RecipeError
 from tunekit.formats.labels import SINGLE_LABEL, label_text
 from tunekit.model.families import Family, known_families, make_family
-from tunekit.model.storage.inspection import base_objective, family_of_base, head_labels
+from tunekit.model.storage.inspection import base_objective, family_of_base, head_labels, with_layers
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.model import ModelSection
@@ -49,6 +49,7 @@ def stated_objective(adapter: Path | None, base: ModelSection) -> tuple[str | No
     None and no facts if they state none. Raises: AdapterError or ModelError."""
     stated = base_objective(base) if adapter is None else read_adapter_config(adapter).objective or {}
     facts = {key: value for key, value in stated.items() if key not in ("method", *STEP_0)}
+    facts = facts if adapter is None else with_layers(facts, base)
     if "labels" in facts:
         facts.setdefault("pairs", False)  # the folder of an adapter for pairs of texts states it
     return stated.get("method"), facts

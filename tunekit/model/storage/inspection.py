@@ -18,7 +18,7 @@ from tunekit.model.families import Family, known_families, make_family
 from tunekit.model.storage.quantized_layouts import METHODS, stored_settings
 from tunekit.model.storage.sentence_transformers import read_modules, read_reranker
 from tunekit.model.storage.shards import shard_files
-from tunekit.model.storage.source import KEY, ModelSource, find_source, read_json
+from tunekit.model.storage.source import DENSE, KEY, ModelSource, find_source, read_json
 from tunekit.recipe.model import HeadedModel, HeadlessModel, ModelSection
 from tunekit.records import JsonObject
 
@@ -152,6 +152,11 @@ def base_objective(section: ModelSection) -> JsonObject:
     return {"method": "embed", **facts} if "pooling" in facts else {}
 
 
+def with_layers(facts: JsonObject, section: ModelSection) -> JsonObject:
+    """The saved facts of an objective, with the folders of the base's dense layers if the facts name such layers."""
+    return {**facts, "modules": base_objective(section).get("modules", ())} if "dense" in facts else facts
+
+
 def read_answer_start(source: ModelSource, section: ModelSection) -> int | None:
     """The id of the token with which an encoder-decoder starts its answer. None for other bases, or if the files do not
     name this token."""
@@ -212,6 +217,8 @@ def fingerprint(source: ModelSource) -> str:
             _digest_folder(digest, read_json(path), sorted(path.parent.glob("*.safetensors")))
     else:
         _digest_folder(digest, read_config(source), [source.folder / name for name in shard_files(source.folder)])
+        for path in sorted(source.folder.glob(DENSE)):
+            _digest_folder(digest, read_json(path.with_name("config.json")), [path])
     return digest.hexdigest()
 
 

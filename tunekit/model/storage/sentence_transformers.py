@@ -10,13 +10,14 @@ from tunekit.basics import JsonObject
 from tunekit.contracts import Processor, Tokenizer
 from tunekit.errors import ModelError
 from tunekit.files.durable import write_json
+from tunekit.model.storage.dense_layers import DenseLayer
 from tunekit.model.storage.source import KEY, read_json, read_json_list
 
 MODULES, POOLING, PROMPTS = "modules.json", "config.json", "config_sentence_transformers.json"
 LENGTH, TOKENIZER = "sentence_bert_config.json", "tokenizer_config.json"
 DEFAULT_LENGTH = 512  # for models whose positions are computed and whose tokenizer states no length
 TEMPLATE, SIGMOID = "tunekit_template", "torch.nn.modules.activation.Sigmoid"  # of a reranker's settings
-KNOWN = ("Transformer", "Pooling", "Normalize")
+KNOWN = ("Transformer", "Pooling", "Dense", "Normalize")
 BOOLEANS = {  # the schema up to 5.3: one key for each mode
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -26,14 +27,16 @@ BOOLEANS = {  # the schema up to 5.3: one key for each mode
     "pooling_mode_lasttoken": "lasttoken",
 }
 WIDTHS = ("hidden_size", "dim", "d_model", "n_embd")  # keys of config.json for the size of hidden states
-OTHERS = "choose a base whose modules are Transformer, Pooling and Normalize"
+OTHERS = "choose a base whose modules are Transformer, Pooling, Dense and Normalize, in this order"
 
 
 def read_modules(folder: Path) -> JsonObject:
     """The facts of a sentence-transformers folder: `pooling`, the modes whose vectors are put one after another;
-    `normalize`; `prompts`, by name; `max_length`, if it is stated. Empty for other folders.
+    `modules`, the folders of dense layers, if it has any; `normalize`; `prompts`, by name; `max_length`, if it is
+    stated. Empty for other folders.
 
-    Raises: ModelError if the folder has other modules (such as Dense or Router), or excludes prompts from pooling.
+    Raises: ModelError if the folder has other modules (such as Router) or another order of modules, or excludes prompts
+    from pooling.
     """
     if not (folder / MODULES).is_file():
         return {}
@@ -47,6 +50,12 @@ def read_modules(folder: Path) -> JsonObject:
             raise ModelError(f"{what}, which tunekit does not read", OTHERS, file=str(folder / MODULES), key=KEY)
         if kind == "Pooling":
             facts["pooling"] = _pooling(path / POOLING)
+        elif kind == "Dense":
+            placed = path.parent == folder and path.name.endswith("_Dense")  # as sentence-transformers names it
+            if "pooling" not in facts or facts["normalize"] or not placed:
+                what = f"Dense must be after Pooling and before Normalize, in N_Dense/, but is {module.get('path')}/"
+                raise ModelError(what, OTHERS, file=str(folder / MODULES), key=KEY)
+            facts.setdefault("modules", []).append(str(path))
         facts["normalize"] |= kind == "Normalize"
     return {**facts, "prompts": _prompts(folder), **_max_length(folder)}
 
@@ -156,7 +165,8 @@ def _write_tokenizer(folder: Path, padding: str | None, **settings: object) -> N
 def write_modules(folder: Path, facts: Mapping[str, Any], padding: str | None = None) -> None:
     """Write the modules in the schema up to version 5.3, and the maximum length into the tokenizer's file. `padding`:
     the padding token, for a tokenizer whose file names none."""
-    config, names = read_json(folder / "config.json"), ["Transformer", "Pooling"]
+    layers = [DenseLayer(Path(path)) for path in facts.get("modules", ())]
+    config, names = read_json(folder / "config.json"), ["Transformer", "Pooling", *["Dense"] * len(layers)]
     names += ["Normalize"] if facts["normalize"] else []
     paths = ["", *(f"{number}_{name}" for number, name in enumerate(names) if number)]
     types = [f"sentence_transformers.models.{name}" for name in names]
@@ -167,6 +177,8 @@ def write_modules(folder: Path, facts: Mapping[str, Any], padding: str | None = 
     write_json(folder / MODULES, modules)
     for path in paths[1:]:
         (folder / path).mkdir()
+    for path, layer in zip(paths[2:], layers, strict=False):
+        layer.save(folder / path)
     width = next((config[key] for key in WIDTHS if key in config), None)
     pooling = {key: mode in facts["pooling"] for key, mode in BOOLEANS.items()}
     write_json(folder / paths[1] / POOLING, {"word_embedding_dimension": width, **pooling, "include_prompt": True})

@@ -20,6 +20,7 @@ PIPELINE_INDEX = "model_index.json"  # the index file of a diffusion pipeline
 PIPELINE_WEIGHTS = [f"{part}/*.safetensors" for part in ("unet", "transformer", "vae", "text_encoder*")]
 PIPELINE_VARIANTS = ["*.fp16.*", "*.non_ema.*"]  # the same weights in other variants, which are not downloaded
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DENSE = f"*_Dense/{WEIGHTS}"  # small layers of embedding models
 CONFIG_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "USE_POLICY*", "NOTICE*")
 
 
@@ -92,7 +93,7 @@ def _from_hub(section: ModelSection, weights: bool) -> ModelSource:
     try:
         with quiet():
             fetch = partial(snapshot_download, section.name_or_path, revision=section.revision)
-            folder = Path(fetch(allow_patterns=CONFIG_PATTERNS))
+            folder = Path(fetch(allow_patterns=[*CONFIG_PATTERNS, DENSE]))
             if weights and (folder / PIPELINE_INDEX).exists():
                 fetch(allow_patterns=PIPELINE_WEIGHTS, ignore_patterns=PIPELINE_VARIANTS)
             elif patterns := [*([WEIGHTS] * weights), *(["*.py"] * section.trust_remote_code)]:

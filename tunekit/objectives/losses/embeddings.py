@@ -24,6 +24,7 @@ from tunekit.machine.placing import to_device
 from tunekit.metrics.outputs import ROW_VALUES
 from tunekit.metrics.pair_scores import PAIRS
 from tunekit.metrics.retrieval import OF_QUERIES
+from tunekit.model.storage.dense_layers import DenseLayer
 from tunekit.objectives.losses.contrast import RowTexts, embedding_loss
 from tunekit.objectives.losses.retrieval import (
     EmbeddedRow,
@@ -58,12 +59,14 @@ class StepTexts:
 
 @dataclass(frozen=True)
 class EmbedLoss(LossKind):
-    """The loss of a step's embeddings. `pooling`: the modes whose vectors are put one after another. `measured`: for
-    each evaluation row, its loss and the values of its metrics; None in training. `measured_ranks`: see LossKind."""
+    """The loss of a step's embeddings. `pooling`: the modes whose vectors are put one after another. `dense`: the
+    layers after pooling. `measured`: for each evaluation row, its loss and the values of its metrics; None in training.
+    `measured_ranks`: see LossKind."""
 
     settings: EmbedSettings
     pooling: Sequence[str] = ("mean",)
     normalize: bool = True
+    dense: tuple[DenseLayer, ...] = ()
     measured: Mapping[int, Sequence[float]] | None = field(default=None, compare=False)
     measured_ranks: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict, compare=False)
 
@@ -86,6 +89,8 @@ class EmbedLoss(LossKind):
         """The embeddings of the batch's texts, (N, D), at least in float32."""
         assert output.hidden is not None
         pooled = pool(output.hidden, batch.targets["lengths"], self.pooling)
+        for layer in self.dense:
+            pooled = layer(pooled)
         return F.normalize(pooled, dim=-1) if self.normalize else pooled
 
     def prepare_step(self, run: RunView, step: StepBatches, earlier: StepBatches | None) -> StepBatches:
