@@ -26,7 +26,7 @@ from tunekit.model.images import processor as image_processor
 from tunekit.model.images.processor import PROVEN, find_images
 from tunekit.model.storage.source import ModelSource
 from tunekit.objectives.base import make_objective
-from tunekit.objectives.rows.image_text import images_in
+from tunekit.objectives.rows.row_images import images_in, pixels_of
 from tunekit.objectives.rows.sequences import SequenceRows
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.sft import SftSettings
@@ -336,17 +336,15 @@ def test_another_version_of_a_package_encodes_the_rows_again(
 
 
 def test_a_changed_image_is_refused(objective: Objective, tmp_path: Path) -> None:
-    from tunekit.objectives.rows.image_text import _pixels
-
     [path] = write_images(tmp_path, 1)
     row = encode(objective, image_row(0, [str(path)]), tmp_path)
-    assert _pixels(row, images_in(row), 0).shape == (*Image.open(path).size[::-1], 3)
+    assert pixels_of(row, images_in(row), 0).shape == (*Image.open(path).size[::-1], 3)
     write_images(tmp_path, 1, seed=1)
     with pytest.raises(TunekitError, match=r"train\.jsonl:7: .*0\.png has changed since its row was encoded"):
-        _pixels(row, images_in(row), 0)
+        pixels_of(row, images_in(row), 0)
     path.unlink()
     with pytest.raises(TunekitError, match=r"train\.jsonl:7: .*0\.png cannot be read"):
-        _pixels(row, images_in(row), 0)
+        pixels_of(row, images_in(row), 0)
 
 
 def test_the_processor_can_be_sent_to_a_process(folder: Path) -> None:

@@ -34,6 +34,7 @@ from tunekit.evaluate import evaluate_verb
 from tunekit.generate import generate_verb
 from tunekit.merge import merge_verb
 from tunekit.model.families.composite import ImageStack
+from tunekit.model.images.features import features_key
 from tunekit.model.load import load_model
 from tunekit.model.parts import parts_apart
 from tunekit.objectives.rows import image_text
@@ -57,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_of(place: Path, folder: Path, **sections: Any) -> Path:
-    data = {"max_length": 400, **sections.pop("data", {})}
+    data = {"max_length": 400, "image_cache": None, **sections.pop("data", {})}
     path = write_recipe(place, folder, data=data, training=TRAINING | sections.pop("training", {}), **sections)
     write_image_rows(place)
     return path
@@ -283,6 +284,46 @@ def test_a_frozen_tower_keeps_nothing_for_the_backward_pass(folder: Path, tmp_pa
         train(recipe_of(tmp_path, folder, training={"max_steps": 1}))
     assert calls
     assert saved == []
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_features_from_the_cache_give_the_same_bytes(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second epoch on, and in later runs, the tower is not run."""
+    monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
+    folder = write_image_text(model_type, tmp_path / "model")
+    training = {"max_steps": None, "epochs": 2, "eval_steps": 3}
+    path, calls = recipe_of(tmp_path, folder, data={"image_cache": "1GiB"}, training=training), list[int]()
+    features = image_text.image_features
+    monkeypatch.setattr(image_text, "image_features", lambda *given: calls.append(1) or features(*given))
+    live = train(path, f"output.dir={tmp_path / 'live'}", "data.image_cache=null")
+    without, images = len(calls), len(list((tmp_path / "images").iterdir()))
+    cached = train(path, f"output.dir={tmp_path / 'cached'}")
+    files = list((tmp_path / "cache" / "images").iterdir())
+    assert len(calls) - without == len(files) <= images < without
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    monkeypatch.setattr(image_text, "image_features", None)
+    again = train(path, f"output.dir={tmp_path / 'again'}")
+    for run in (cached, again):
+        assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == (
+            live / "adapter" / "adapter_model.safetensors"
+        ).read_bytes()
+        assert without_times(records(run)) == without_times(records(live))
+    notes = json.loads((cached / "plan.json").read_text())["notes"]
+    assert any("the features of all images take about" in note for note in notes)
+
+
+def test_other_weights_of_the_tower_are_not_mixed_up(folder: Path, tmp_path: Path) -> None:
+    section = ImageModel(name_or_path=str(folder), dtype="float32")
+    keys = []
+    for change in (0.0, 1e-6):
+        net = load_model(section, device=torch.device("cpu")).net
+        [tower] = parts_apart(net, loaded=True).values()
+        next(tower.parameters()).data += change
+        keys.append(features_key(net, torch.device("cpu"), torch.float32))
+    assert keys[0] != keys[1] == features_key(net, torch.device("cpu"), torch.float32)
+    assert keys[1] != features_key(net, torch.device("cpu"), torch.bfloat16)
 
 
 def test_preview_names_images(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

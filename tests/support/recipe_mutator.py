@@ -75,6 +75,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "data.max_length": (["2", "2048", "2e3"], ["1", *NOT_COUNTS]),
     "data.excess_length": (["drop", "truncate", "split", "shrink", "error"], ["cut", "null", "false"]),
     "data.image_tokens": (["auto", "256", "1e3"], ["0", "many", "null", "true"]),
+    "data.image_cache": (["20GiB", "null", "500MB"], ["20", "big", "-1GiB", "true"]),
     "data.packing": (["true", "false"], ["off", "null", "1", "auto", '"true"']),
     "data.shuffle": (BOOLEANS, NOT_BOOLEANS),
     "adapter.method": (["lora"], ["loar", "5", "null", "[lora]", "__init__"]),

@@ -118,7 +118,8 @@ class Processor(Protocol):
 @dataclass(frozen=True)
 class EncodeOptions:
     """The options of the data section that affect how rows are encoded. `template`: the text of a chat template.
-    `image_tokens`: the maximum number of tokens of an image; 0: as the base's processor limits it."""
+    `image_tokens`: the maximum number of tokens of an image; 0: as the base's processor limits it.
+    `image_cache_bytes`: the maximum size of stored features of images, which affects no row; 0: none are stored."""
 
     train_on: str = "assistant"
     template: str | None = None
@@ -127,6 +128,7 @@ class EncodeOptions:
     rewritten_answers: str = "last"
     reasoning: str = "template"
     image_tokens: int = 0
+    image_cache_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ ENTRY_NAMES = {  # folder of the cache -> names of its entries, also while they 
     "tokens": re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}-\w+"),
     "bases": re.compile(r"\.?[0-9a-f]{16}-[0-9a-f]{32}\.safetensors(\.part-\d+)?"),
     "models": re.compile(r"tiny-llama-v1|\.tiny-llama-v1-\w{8}"),
+    "images": re.compile(r"\.?[0-9a-f]{64}\.features(-\d+)?"),
     "kernels": re.compile(r"[0-9a-f]{64}\.so|\.tunekit-kernels-\w{8}"),
 }
 PACKAGE = Path(__file__).resolve().parent.parent

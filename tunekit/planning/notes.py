@@ -22,6 +22,7 @@ from tunekit.machine.devices import kind_of
 from tunekit.machine.threads import processors
 from tunekit.model.compute import computes_bfloat16
 from tunekit.model.families import text_config
+from tunekit.model.images.features import deep_layers
 from tunekit.model.load import LoadedModel
 from tunekit.model.pretrained import input_embedding
 from tunekit.model.quantized.codec import FOUR_BIT
@@ -29,11 +30,14 @@ from tunekit.model.quantized.fp8 import computes_fp8
 from tunekit.model.storage.mapped_files import MappedFiles
 from tunekit.model.text.generation import end_of_turn_ids
 from tunekit.model.text.slots import shared_length
+from tunekit.objectives.rows.image_text import ImageTextRows
+from tunekit.objectives.rows.row_images import feature_tokens
 from tunekit.planning.forecast import token_ids
 from tunekit.planning.prepared import Prepared
+from tunekit.recipe.memory import size_bytes
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.training import TrainingSection
-from tunekit.records import ExecutionSettings
+from tunekit.records import ExecutionSettings, bytes_text
 from tunekit.training.schedules import rate_multiplier, warmup_steps
 from tunekit.training.time_limit import KEY
 from tunekit.tuned.fit import longest_tokens
@@ -42,6 +46,26 @@ HIGHEST_RATE = 0.3  # the learning rate of prompt tuning in Lester et al. 2021; 
 RATE_STEPS = 1000  # the learning rates of longer runs never sum to nearly 0
 LEAST_RATES = 0.1
 BUSY_SHARE = 0.9  # of the time; below it, a note says that processes wait for each other
+
+
+def image_notes(recipe: Recipe, base: LoadedModel, rows: RowSet) -> Iterator[str]:
+    """The size of the stored features of images."""
+    kind = rows.objective.rows
+    if not isinstance(kind, ImageTextRows) or not rows.objective.facts.get("images") or not recipe.data.image_cache:
+        return
+    tokens = sum(feature_tokens(some, kind.processor.token_id) for some in rows.all)
+    size = tokens * base.facts.hidden_size * (1 + deep_layers(base.net)) * base.dtype.itemsize
+    limit = size_bytes(recipe.data.image_cache)
+    if size > limit:
+        yield (
+            f"warning: the features of all images take about {bytes_text(size)}, more than data.image_cache "
+            f"({recipe.data.image_cache}): images are computed again in each epoch"
+        )
+    else:
+        yield (
+            f"data.image_cache: the features of all images take about {bytes_text(size)} of disk; from the second "
+            "epoch, and in later runs, images are not computed again"
+        )
 
 
 def position_notes(base: LoadedModel, rows: RowSet, virtual_tokens: int) -> Iterator[str]:

@@ -19,7 +19,7 @@ from tunekit.planning.forecast import supervised_tokens
 from tunekit.planning.initialisation import initialisation_notes
 from tunekit.planning.kernels import decided_kernels, kernel_notes
 from tunekit.planning.memory import choose_execution, search_space, trial_reason
-from tunekit.planning.notes import position_notes, rank_notes, rate_notes, run_notes
+from tunekit.planning.notes import image_notes, position_notes, rank_notes, rate_notes, run_notes
 from tunekit.planning.prepared import Prepared, RunSteps
 from tunekit.planning.tiers import HEAD_KEY, activation_notes, allowed_tiers, weight_notes
 from tunekit.recipe.bases.section import AdapterSettings
@@ -121,6 +121,7 @@ def _notes(prepared: Prepared, recipe: Recipe, execution: ExecutionSettings, rea
     yield from [*prepared.loaded.defaults, *base.notes, *rows.notes, *rows.objective.notes]
     yield from [] if rows.evaluation is None else calibration_notes(recipe.evaluation)
     yield from _adapter_notes(recipe.adapter, context)
+    yield from image_notes(recipe, base, rows)
     yield from position_notes(base, rows, context.virtual_tokens)
     yield from run_notes(recipe, base, device)
     yield from rank_notes(recipe, execution)

@@ -6,6 +6,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from tunekit.recipe.bases.paths import FilePath, RowsPath
 from tunekit.recipe.bases.section import Count, Number, Positive, Section, Seed, Several, Text
+from tunekit.recipe.memory import size_bytes
 
 
 class Source(Section):
@@ -44,6 +45,13 @@ def _eval_rows(value: object) -> object:
 
 def _eval_kind(value: object) -> str:
     return "sources" if isinstance(value, list | tuple) else "fraction"
+
+
+def _checked_size(value: str | None) -> str | None:
+    """Raises: ValueError if the text is not a size."""
+    if value is not None:
+        size_bytes(value)
+    return value
 
 
 def _none_of_zero(value: object) -> object:
@@ -91,6 +99,11 @@ class DataSection(Section):
         "auto",
         description="the maximum number of tokens of an image; larger images are made smaller, also by servers of the "
         "trained model. auto: as the base's processor limits it",
+    )
+    image_cache: Annotated[str | None, AfterValidator(_checked_size)] = Field(
+        "20GiB",
+        description="the maximum size of the features of images on disk, in the cache folder: an image goes through "
+        "the frozen vision tower once, also in later runs; null: features are not stored",
     )
     packing: bool = Field(
         False,

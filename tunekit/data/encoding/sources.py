@@ -28,6 +28,7 @@ from tunekit.files.cache_folder import code_version, default_cache_folder, hash_
 from tunekit.formats.example import Example, images_of
 from tunekit.formats.media import Media, located, read_media
 from tunekit.recipe.data import DataSection, Source
+from tunekit.recipe.memory import size_bytes
 from tunekit.recipe.reading.names import formats_of
 
 LONGEST_TEMPLATE_BYTES = 2**20
@@ -59,7 +60,9 @@ def encode_options(data: DataSection) -> EncodeOptions:
     template = None if data.chat_template is None else read_template(Path(data.chat_template))
     lengths = data.max_length, data.excess_length
     image_tokens = 0 if data.image_tokens == "auto" else data.image_tokens
-    return EncodeOptions(data.train_on, template, *lengths, data.rewritten_answers, data.reasoning, image_tokens)
+    cache_bytes = 0 if data.image_cache is None else size_bytes(data.image_cache)
+    answers = data.rewritten_answers, data.reasoning
+    return EncodeOptions(data.train_on, template, *lengths, *answers, image_tokens, cache_bytes)
 
 
 def read_template(path: Path) -> str:
@@ -183,7 +186,7 @@ def encoding_facts(source: Source, kind: RowKind) -> list[object]:
     reading = source.model_dump(mode="json", include={"format", "columns", "max_rows"})
     if source.max_rows is not None and source.draw_seed is not None:
         reading["draw_seed"] = source.draw_seed
-    return [reading, kind.fingerprint, asdict(kind.options)]
+    return [reading, kind.fingerprint, asdict(replace(kind.options, image_cache_bytes=0))]
 
 
 def _encode_into(writer: StoreWriter, source: Source, kind: RowKind) -> SourceFacts:

@@ -1,13 +1,10 @@
 """Rows of text and images for composite models. A row has the places of its images, never their pixels: these are
 read, and the features computed, when a step is prepared."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +15,6 @@ from tunekit.contracts import (
     ImageProcessor,
     LossKind,
     Objective,
-    Pixels,
     Row,
     RowKind,
     RowLayout,
@@ -27,19 +23,30 @@ from tunekit.contracts import (
     RunView,
     Span,
     StepBatches,
+    Tensors,
 )
 from tunekit.data.batching.pad import lay_end_to_end
-from tunekit.data.encoding.images import Size, covering, read_image
+from tunekit.data.encoding.images import Size, covering
 from tunekit.data.encoding.sources import IMAGES, image_hash
 from tunekit.data.encoding.store import part_lengths
 from tunekit.data.rendering.expansion import ImageTexts
 from tunekit.errors import DataError, ModelError, RecipeError
+from tunekit.files.cache_folder import default_cache_folder, hash_of
+from tunekit.files.tensor_cache import TensorCache
 from tunekit.formats.example import Example, images_of
 from tunekit.formats.media import Media
-from tunekit.model.images.features import deep_layers, image_features, rope_positions
+from tunekit.model.images.features import GRID, deep_layers, features_key, image_features, rope_positions
 from tunekit.model.loaded_model import LoadedModel, as_loaded
 from tunekit.objectives.rows.images import read_pixels
-from tunekit.objectives.rows.labels import utf8
+from tunekit.objectives.rows.row_images import (
+    RowImage,
+    before_image,
+    image_parts,
+    images_in,
+    path_of,
+    pixels_of,
+    stored_bytes,
+)
 from tunekit.objectives.rows.sequences import TOKEN_PARTS, SequenceRows, labels_of_tokens, sequence_parts
 from tunekit.objectives.rows.text import TextRows, fill_with
 from tunekit.recipe.model import ImageModel, ModelSection
@@ -50,22 +57,6 @@ FEATURES, POSITIONS = "image_features", "rope_positions"  # parts that are added
 STORED = {IMAGES: "u1", "image_data": "u1", "image_hashes": "u1"}
 IMAGE_TOKENS = "image_tokens"  # a fact of a trained adapter
 IMAGE_PARTS = (*STORED, FEATURES, POSITIONS)
-
-
-@dataclass(frozen=True)
-class RowImage:
-    """An image of a row. `size`: the number of its bytes in the part `image_data`; 0 if it is read from `path`.
-    `start`, `stop`: the row's tokens that stand for it. `limit`: the maximum number of its tokens, if it was made
-    smaller than other rows' images; else 0."""
-
-    path: str
-    size: int
-    sha256: str
-    height: int
-    width: int
-    start: int
-    stop: int
-    limit: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,12 +155,12 @@ class ImageTextRows(TextRows):
         texts = ImageTexts(processor.placeholder, expansions) if media else None
         ids, weights, places = self.renderer.with_images(example, texts)
         images = [
-            RowImage(_path(image), len(image.data or b""), image_hash(image), *size, *place, limit)
+            RowImage(path_of(image), len(image.data or b""), image_hash(image), *size, *place, limit)
             for image, size, place in zip(media, sizes, places, strict=True)
         ]
         parts = sequence_parts(np.asarray(ids, dtype=np.int32), weights > 0, weights)
         data = b"".join(image.data or b"" for image in media)
-        return self.make_row({**parts, **_image_parts(images, data)}, origin)
+        return self.make_row({**parts, **image_parts(images, data)}, origin)
 
     def _limited(self, limit: int) -> ImageProcessor:
         return self.base_images.limited(limit) if limit else self.processor
@@ -182,8 +173,8 @@ class ImageTextRows(TextRows):
         trained, start, pieces = row.parts["trained"], 0, list[Row]()
         ends = np.flatnonzero(trained[:-1] & ~trained[1:]) + 1
         while start < row.size:
-            fitting = _whole(images, min(start + size, row.size))
-            answered = [end for end in ends if start < end <= fitting and _whole(images, int(end)) == end]
+            fitting = before_image(images, min(start + size, row.size))
+            answered = [end for end in ends if start < end <= fitting and before_image(images, int(end)) == end]
             stop = int(answered[-1]) if answered and fitting < row.size else fitting
             if stop <= start:  # the image is longer than a piece
                 start = max(image.stop for image in images if image.start <= start < image.stop)
@@ -197,12 +188,12 @@ class ImageTextRows(TextRows):
         the row ends before it. `start` is inside no image."""
         images = images_in(row)
         assert not any(image.start < start < image.stop for image in images), "a part of an image is cut off"
-        stop = _whole(images, stop)
+        stop = before_image(images, stop)
         parts = sequence_parts(*(row.parts[name][start:stop] for name in TOKEN_PARTS))
         inside = [at for at, image in enumerate(images) if start <= image.start and image.stop <= stop]
-        data = b"".join(_data(row, images, at) for at in inside)
+        data = b"".join(stored_bytes(row, images, at) for at in inside)
         moved = [replace(images[at], start=images[at].start - start, stop=images[at].stop - start) for at in inside]
-        cut = self.make_row({**parts, **_image_parts(moved, data)}, row.origin, row.number)
+        cut = self.make_row({**parts, **image_parts(moved, data)}, row.origin, row.number)
         if images:
             features = np.flatnonzero(self._token_types(cut))
             in_images = [any(image.start <= place < image.stop for image in moved) for place in features]
@@ -233,9 +224,8 @@ class ImageTextRows(TextRows):
         for image in images if simulated else ():
             size = self._limited(image.limit).input_bytes(image.height, image.width)
             torch.empty(size, dtype=torch.uint8, device=base.device)
-        live = enumerate([] if simulated else images)
-        inputs = [self._limited(image.limit).inputs(_pixels(row, images, at)) for at, image in live]
-        computed = [image_features(base.net, each, base.device, base.dtype).float().cpu() for each in inputs]
+        inputs = [] if simulated else [self._features(row, images, at, base) for at in range(len(images))]
+        computed = [each[FEATURES].float() for each in inputs]
         empty = torch.zeros(count if simulated else 0, (1 + deep_layers(base.net)) * base.facts.hidden_size)
         features = torch.cat(computed) if computed else empty
         if len(features) != count:
@@ -245,6 +235,24 @@ class ImageTextRows(TextRows):
         positions = rope_positions(base.net, ids, torch.from_numpy(types), inputs)
         added = {} if positions is None else {POSITIONS: positions.numpy()}
         return row.with_parts({FEATURES: features.numpy(), **added})
+
+    def _features(self, row: Row, images: Sequence[RowImage], at: int, base: LoadedModel) -> Tensors:
+        """The features of image `at` of a row, from the cache or computed, and its grid if the processor makes one."""
+        image, processor = images[at], self._limited(images[at].limit)
+        if self.cache is None:
+            return _computed(base, processor.inputs(pixels_of(row, images, at)))
+        how = features_key(base.net, base.device, base.dtype)
+        key = hash_of([image.sha256, processor.fingerprint, how])
+        if (stored := self.cache.read(key)) is None:
+            stored = _computed(base, processor.inputs(pixels_of(row, images, at)))
+            self.cache.write(key, stored)
+        return stored
+
+    @cached_property
+    def cache(self) -> TensorCache | None:
+        """The cache of features; None if the recipe wants none."""
+        limit = self.options.image_cache_bytes
+        return TensorCache(default_cache_folder() / "images", limit) if limit else None
 
     def _token_types(self, row: Row) -> Array:
         """(T,) int64: 1 at features of images, else 0."""
@@ -279,7 +287,7 @@ class ImageTextRows(TextRows):
             shape = "" if grid is None else f" {grid[1]}x{grid[0]}"
             count = int(self._token_types(row)[image.start : image.stop].sum())
             title = f"<image{shape} = {count} tokens> ({image.width} x {image.height} pixels)"
-            spans.append(Span(title=title, image=covering(_pixels(row, images, at), THUMBNAIL), continues=True))
+            spans.append(Span(title=title, image=covering(pixels_of(row, images, at), THUMBNAIL), continues=True))
             position = image.stop
         return [*spans, _text_span(row, labels, position, row.size)] if spans else self.plain.spans(row)
 
@@ -292,32 +300,10 @@ def _text_span(row: Row, labels: Array, start: int, stop: int) -> Span:
     return Span(row.parts["ids"][start:stop], labels[start:stop] >= 0, continues=start > 0)
 
 
-def images_in(row: Row) -> list[RowImage]:
-    """The images of a row."""
-    text = row.parts[IMAGES].tobytes().decode()
-    return [RowImage(**image) for image in json.loads(text)] if text else []
-
-
-def _image_parts(images: Sequence[RowImage], data: bytes) -> dict[str, Array]:
-    hashes = bytes.fromhex("".join(image.sha256 for image in images))
-    return {
-        IMAGES: utf8(json.dumps([asdict(image) for image in images]) if images else ""),
-        "image_data": np.frombuffer(data, np.uint8),
-        "image_hashes": np.frombuffer(hashes, np.uint8),
-    }
-
-
-def _data(row: Row, images: Sequence[RowImage], at: int) -> bytes:
-    """The bytes of image `at` of a row; empty if it is read from a file."""
-    first = sum(each.size for each in images[:at])
-    return row.parts["image_data"][first:][: images[at].size].tobytes()
-
-
-def _whole(images: Sequence[RowImage], stop: int) -> int:
-    """The last place up to `stop` that is inside no image."""
-    for image in reversed(images):  # a token of two line breaks can belong to two images
-        stop = image.start if image.start < stop < image.stop else stop
-    return stop
+def _computed(base: LoadedModel, inputs: Tensors) -> Tensors:
+    """The features of an image, in the dtype of the base, and its grid if the processor makes one."""
+    grid = {name: tensor for name, tensor in inputs.items() if name == GRID}
+    return {FEATURES: image_features(base.net, inputs, base.device, base.dtype).cpu(), **grid}
 
 
 def _expansion(processor: ImageProcessor, image: Media, size: Size) -> str:
@@ -326,23 +312,6 @@ def _expansion(processor: ImageProcessor, image: Media, size: Size) -> str:
         return processor.expansion(*size)
     except DataError as error:
         raise DataError(f"{image.name}: {error.problems[0].what}", error.problems[0].how) from error
-
-
-def _path(image: Media) -> str:
-    return str(Path(image.path).absolute()) if image.data is None else ""
-
-
-def _pixels(row: Row, images: Sequence[RowImage], at: int) -> Pixels:
-    """The pixels (H, W, 3) of image `at` of a row. Raises: DataError if its file changed since the row was encoded."""
-    image = images[at]
-    try:
-        data = Path(image.path).read_bytes() if image.path else _data(row, images, at)
-    except OSError as error:
-        raise DataError(f"{row.origin}: {image.path} cannot be read ({error.strerror})", "put the image back") from None
-    if hashlib.sha256(data).hexdigest() != image.sha256:
-        what = f"{row.origin}: {image.path} has changed since its row was encoded"
-        raise DataError(what, "put the image back, or start a new run, which encodes the rows again")
-    return read_image(data)
 
 
 def learned(objective: Objective, rows: Sequence[Rows]) -> Objective:
