@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tunekit.evaluation.retrieval import Bm25
+from tunekit.metrics.outputs import pearson, spearman
 from tunekit.metrics.pair_scores import average_precision, best_accuracy, best_f1
 from tunekit.metrics.retrieval import map_at, ndcg, recall, search_values
 from tunekit.objectives.losses.embeddings import distinct_groups
@@ -66,6 +67,21 @@ def test_labelled_pairs_have_the_values_of_sentence_transformers() -> None:
         assert best_accuracy(pairs) == Theirs.find_best_acc_and_threshold(scores, labels, True)[0]
         assert best_f1(pairs) == pytest.approx(Theirs.find_best_f1_and_threshold(scores, labels, True)[0], rel=1e-15)
         assert average_precision(pairs) == pytest.approx(average_precision_score(labels, scores), rel=1e-15)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="scipy is not installed")
+@pytest.mark.parametrize("ties", [False, True])
+def test_correlations_are_those_of_scipy(ties: bool) -> None:
+    from scipy.stats import pearsonr, spearmanr
+
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        scores, values = generator.normal(size=60), generator.normal(size=60)
+        if ties:
+            scores, values = np.round(scores, 1), np.round(values)
+            assert len(set(values.tolist())) < 20
+        assert spearman(scores.tolist(), values.tolist()) == pytest.approx(spearmanr(scores, values)[0], rel=1e-12)
+        assert pearson(scores.tolist(), values.tolist()) == pytest.approx(pearsonr(scores, values)[0], rel=1e-12)
 
 
 def test_metrics_of_one_query() -> None:
