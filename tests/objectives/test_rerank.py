@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.conftest import write_tiny_llama
 from tests.support.embed_case import write_bert
@@ -157,6 +158,47 @@ def test_lines_are_the_tokenizers_pairs_also_when_cut(bert: Path) -> None:
     assert rows.layout.length(cut.sizes) == 17
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_score_of_a_decoder_starts_as_the_logit_of_yes_minus_that_of_no(tied: bool, tmp_path: Path) -> None:
+    base = write_tiny_llama(tmp_path / "decoder")
+    if tied:
+        config = LlamaConfig.from_pretrained(base, tie_word_embeddings=True)
+        LlamaForCausalLM(config).save_pretrained(base)
+    section = ModelSection(name_or_path=str(base), dtype="float32")
+    settings = RerankSettings.model_validate({"method": "rerank", "template": "{query}? {document}. "})
+    for case, facts in ((settings, {"answers": True}), (RerankSettings(), {"answers": True})):
+        objective = make(case, load_tokenizer(section), facts, EncodeOptions(max_length=999))
+        template, tokenizer = objective.facts["template"], AutoTokenizer.from_pretrained(base)
+        loaded = load_model(objective.section(section, 0), device=CPU)
+        assert loaded.family.name == "classifier"
+        batch = objective.rows.collate([[objective.rows.row_of(("what", "it is", "no"), [1.0, 0.0])]])
+        scores = objective.loss.scores(TunedModel(loaded, None).output(batch.inputs), batch)
+        net = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        yes, no = (tokenizer(answer, add_special_tokens=False)["input_ids"][0] for answer in ("yes", "no"))
+        for score, document in zip(scores.tolist(), ("it is", "no"), strict=True):
+            ids = tokenizer(filled(template, "what", document), add_special_tokens=False, return_tensors="pt")
+            logits = net(**ids).logits[0, -1]
+            assert score == pytest.approx(float(logits[yes] - logits[no]), abs=1e-5)
+
+
+def test_a_decoder_is_trained_with_its_question(tmp_path: Path) -> None:
+    """The adapter's folder states the template; a cut document keeps the question's end."""
+    base = write_tiny_llama(tmp_path / "decoder")
+    data = {"excess_length": "truncate", "max_length": 150}
+    run = train(write_case(tmp_path, base, "lambda", data=data, training={"max_steps": 2, "epochs": None}))
+    facts = json.loads((run / "adapter" / "tunekit.json").read_text("utf-8"))["objective"]
+    assert "Query: {query}" in facts["template"]
+    saved = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert saved["base_model.model.score.weight"].shape[0] == 1
+    rows = make(RerankSettings(), load_tokenizer(ModelSection(name_or_path=str(base))), facts, EncodeOptions()).rows
+    row = rows.encode(RerankingExample("q", ("word " * 99,), (1.0,)), "")
+    cut = rows.cut(row, 0, 150)
+    assert cut.sizes[0] == 150
+    end = len(rows.ending)
+    assert lines_of(cut)[0][-end:] == lines_of(row)[0][-end:] == rows.ending
+    assert lines_of(cut)[0][:-end] == lines_of(row)[0][: 150 - end]
+
+
 def test_a_template_is_filled_once() -> None:
     assert filled("Q: {query} D: {document}?", "a {document}", "b {query}") == "Q: a {document} D: b {query}?"
     assert filled("{document} | {query}", "a", "b") == "b | a"
@@ -291,6 +333,7 @@ def test_the_best_checkpoint_is_chosen_by_ndcg(bert: Path, tmp_path: Path) -> No
         ({"loss": "lambda", "scale": 3.0}, "scale: has an effect only with loss multiple_negatives_ranking"),
         ({"pos_weight": 2.0, "loss": "mse"}, "pos_weight: has an effect only with loss binary_cross_entropy"),
         ({"loss": "hinge"}, "hinge"),
+        ({"template": "{query}"}, "template: must contain {query} and {document} once each"),
     ],
 )
 def test_settings_without_effect_are_errors(settings: dict[str, Any], message: str, bert: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tests.support.embed_case import write_bert
 from tests.support.train_case import losses, train, write_sections
 from tunekit.evaluate import evaluate_verb
 from tunekit.export import export_verb
+from tunekit.generate import generate_verb
 from tunekit.merge import merge_verb
 
 st = pytest.importorskip("sentence_transformers", reason="sentence_transformers is not installed")
@@ -119,6 +120,24 @@ def start_model(base: Path, still: Path, method: str) -> Any:
     result = peft.set_peft_model_state_dict(wrapped, load_file(still / "adapter" / "adapter_model.safetensors"))
     assert not result.unexpected_keys
     return model
+
+
+def test_a_decoders_folder_reads_the_template_and_gives_its_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_tiny_llama(tmp_path / "decoder")
+    recipe = write_case(tmp_path, base, "binary_cross_entropy", {"method": "lora", "r": 4})
+    run = train(recipe, "training.max_steps=2", "~training.epochs", "data.max_length=512")
+    export_verb(str(run), "sentence-transformers", str(tmp_path / "ours"))
+    pairs = [("what is it", "it is"), ("what {document} is", 'a "quoted" {query}\nline')]
+    rows = "".join(json.dumps({"query": query, "document": document}) + "\n" for query, document in pairs)
+    (tmp_path / "score.jsonl").write_text(rows, encoding="utf-8")
+    for target in (run, tmp_path / "ours"):
+        capsys.readouterr()
+        generate_verb(str(target), None, None, None, ["model.dtype=float32"], score=str(tmp_path / "score.jsonl"))
+        scores = [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()]
+        theirs = st.CrossEncoder(str(tmp_path / "ours"), device="cpu").predict(pairs)
+        assert scores == pytest.approx(theirs.tolist(), abs=2e-6)
 
 
 def test_an_exported_reranker_is_recognised_and_a_crossencoders_folder_is_a_base(bert: Path, tmp_path: Path) -> None:

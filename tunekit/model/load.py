@@ -350,7 +350,8 @@ def _new_notes(net: nn.Module, spec: BaseSpec, new_modules: Sequence[str]) -> li
     if not (names := [name for name in new_modules if name != replaced]):
         return []
     what = f"the base's files do not contain {', '.join(names)}"
-    return [f"{what}; these modules are initialised at random, fully trained, and saved with the adapter or model"]
+    rows = "as the difference of two rows of the output projection" if getattr(spec.section, "head_rows", ()) else ""
+    return [f"{what}; these modules are initialised {rows or 'at random'}, fully trained, and saved with the result"]
 
 
 def _refuse_other_shapes(net: nn.Module, spec: BaseSpec, new_modules: Sequence[str]) -> None:

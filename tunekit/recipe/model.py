@@ -60,7 +60,8 @@ class HeadedModel(ModelSection):
     head's seed;
     `head_pad_id`: the pad token, if the base's configuration has none; `problem_type`: transformers' name of the task;
     `thresholds`: for several labels per row, the probability at which each label is predicted; empty: 0.5;
-    `head_bias`: the initial biases of a new head; empty: 0.
+    `head_bias`: the initial biases of a new head; empty: 0. `head_rows`: two ids; a new head with one output starts as
+    the difference of their rows in the base's output projection; empty: it starts at random.
     """
 
     labels: tuple[str, ...]
@@ -70,6 +71,7 @@ class HeadedModel(ModelSection):
     problem_type: str | None = None
     thresholds: Several[float] = ()
     head_bias: Several[float] = ()
+    head_rows: Several[int] = ()
 
 
 class HeadlessModel(ModelSection):

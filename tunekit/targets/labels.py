@@ -30,7 +30,7 @@ def start_facts(recipe: Recipe) -> JsonObject:
         return make_family(settings.family).base_facts(recipe.model)
     head = _head_labels(recipe.model, settings.family)
     if not settings.names_labels:
-        return {"head": head}
+        return {"head": head, **make_family(settings.family).base_facts(recipe.model)}
     listed = settings.listed_labels
     head = _as_listed(head, listed)
     if start is None:

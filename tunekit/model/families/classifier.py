@@ -4,12 +4,16 @@ from torch import Tensor, nn
 
 from tunekit.contracts import NamedModules, Processor, Tensors
 from tunekit.errors import ModelError
+from tunekit.model.families.causal import CausalFamily
 from tunekit.model.families.family import Family
 from tunekit.model.families.heads import scores_tokens
 from tunekit.model.families.stacks import stacks_of
 from tunekit.model.pretrained import config_of
+from tunekit.model.storage.sentence_transformers import read_reranker
+from tunekit.model.storage.source import find_source, read_json
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.recipe.model import ModelSection
+from tunekit.records import JsonObject
 
 
 class ClassifierFamily(Family):
@@ -25,6 +29,16 @@ class ClassifierFamily(Family):
 
     def processor(self, section: ModelSection) -> Processor:
         return load_tokenizer(section)
+
+    def base_facts(self, section: ModelSection) -> JsonObject:
+        """`template`, of a reranker's folder. `answers`: whether the base is a causal language model, which can answer
+        yes or no."""
+        source = find_source(section, weights=False)
+        if source.gguf_file is not None:
+            return {"answers": True}
+        architectures = read_json(source.folder / "config.json").get("architectures") or [""]
+        answers = str(architectures[0]).endswith(CausalFamily.endings)
+        return {"answers": answers, **(read_reranker(source.folder) or {})}
 
     def reads_rows(self, net: nn.Module) -> bool:
         """True for encoders and encoder-decoders: their heads differ from net to net, so only the net itself can call

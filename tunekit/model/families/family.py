@@ -20,6 +20,7 @@ from tunekit.model.families.heads import (
     modules_after_base,
     scores_tokens,
     set_bias,
+    set_row_difference,
 )
 from tunekit.model.families.stacks import ONE, OneStack, TwoStacks
 from tunekit.model.families.structure import accepted_names, base_of, call_accepted, name_of, text_net
@@ -176,6 +177,8 @@ class Family:
             if other_labels or any(tensor.is_meta for tensor in net.get_submodule(name).parameters()):
                 exact = name == self.exact_head(net)
                 draw_module(net, name, section.head_seed, torch.float32 if exact else dtype)
+                if section.head_rows and name == self.head_name(net):
+                    set_row_difference(net, name, section)
                 if section.head_bias and name == self.head_name(net):
                     set_bias(net.get_submodule(name), section.head_bias)
 

@@ -10,6 +10,9 @@ from tunekit.errors import ModelError
 from tunekit.model.call import seed_for
 from tunekit.model.families.structure import base_name
 from tunekit.model.pretrained import as_pretrained, config_of, text_config
+from tunekit.model.storage.quantized_layouts import open_weights
+from tunekit.model.storage.source import find_source
+from tunekit.recipe.model import HeadedModel
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,27 @@ def draw_module(net: nn.Module, name: str, seed: int, dtype: torch.dtype) -> Non
             vars(module)["_is_hf_initialized"] = False
             as_pretrained(net)._init_weights(module)
     drawn.to(dtype)
+
+
+@torch.no_grad()
+def set_row_difference(net: nn.Module, name: str, section: HeadedModel) -> None:
+    """Set the only row of a decoder's head to the difference of two rows of the base's output projection, so that its
+    score is the difference of two logits. Raises: ModelError if the files have no readable output projection."""
+    source, config = find_source(section, weights=True), text_config(net)
+    rows = torch.tensor(section.head_rows)
+    stored = None if source.gguf_file else open_weights(source.folder)
+    projection = next((key for key in ("lm_head.weight", "embed_out.weight") if stored and key in stored.headers), None)
+    if stored is not None and projection is not None:
+        weight = stored.read(projection)
+    elif config.tie_word_embeddings:
+        weight = as_pretrained(net).get_input_embeddings().weight
+    else:
+        what = f"{section.name_or_path} has no output projection from which a reranker's head could start"
+        raise ModelError(what, "choose a folder of a causal language model", key="model.name_or_path")
+    yes, no = weight[rows.to(weight.device)].float()
+    head = make_head(net, name)
+    target = net.get_submodule(name).get_parameter("weight")
+    target.copy_(((yes - no) * head.scale / head.divisor)[None])
 
 
 def compute_in_float32(head: nn.Module) -> None:

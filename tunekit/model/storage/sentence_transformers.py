@@ -1,6 +1,8 @@
 """The modules of a sentence-transformers folder. Both schemas are read: the one up to version 5.3, and the one since
 5.4. The older one is written, because versions since 5.4 read it too, and many programs read only this one."""
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ MODULES, POOLING, PROMPTS = "modules.json", "config.json", "config_sentence_tran
 LENGTH, TOKENIZER = "sentence_bert_config.json", "tokenizer_config.json"
 DEFAULT_LENGTH = 512  # for models whose positions are computed and whose tokenizer states no length
 TEMPLATE, SIGMOID = "tunekit_template", "torch.nn.modules.activation.Sigmoid"  # of a reranker's settings
+JINJA = "chat_template.jinja"
 KNOWN = ("Transformer", "Pooling", "Dense", "Normalize")
 BOOLEANS = {  # the schema up to 5.3: one key for each mode
     "pooling_mode_cls_token": "cls",
@@ -138,13 +141,18 @@ class EmbeddingProcessor(FolderProcessor):
 
 
 class RerankerProcessor(FolderProcessor):
-    """Saves the settings of a CrossEncoder. `facts`: may contain `template`."""
+    """Saves the settings of a CrossEncoder. `facts`: may contain `template`, which becomes the tokenizer's chat
+    template, so that sentence-transformers reads both texts in the same way."""
 
     def save(self, folder: Path) -> None:
         """Save the tokenizer and the settings in a model folder."""
         self.inner.save(folder)
         _write_tokenizer(folder, self.padding)
         template = {TEMPLATE: self.facts["template"]} if self.facts.get("template") else {}
+        if template:
+            (folder / JINJA).write_text(pair_template(self.facts["template"]), encoding="utf-8")
+            stated = read_json(folder / TOKENIZER)
+            write_json(folder / TOKENIZER, {key: value for key, value in stated.items() if key != "chat_template"})
         settings: JsonObject = {
             "model_type": "CrossEncoder",
             "prompts": {},
@@ -152,6 +160,17 @@ class RerankerProcessor(FolderProcessor):
             "activation_fn": SIGMOID,
         }
         write_json(folder / PROMPTS, {**settings, **template})
+
+
+def pair_template(template: str) -> str:
+    """The chat template that renders a message of the role query and one of the role document as `template` does."""
+    written = {
+        f"{{{role}}}": '{%- set content = (messages | selectattr("role", "eq", "' + role + '") | first).content -%}'
+        "{{- content if content is string else content[0].text -}}"
+        for role in ("query", "document")
+    }
+    pieces = re.split("({query}|{document})", template)
+    return "".join(written.get(piece) or "{{- " + json.dumps(piece) + " -}}" for piece in pieces if piece)
 
 
 def _write_tokenizer(folder: Path, padding: str | None, **settings: object) -> None:

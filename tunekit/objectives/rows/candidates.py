@@ -36,7 +36,8 @@ class CandidateRows(RowKind):
     in each line, empty with a template; `labels`, of each document; `keys`, the hashes of the query and of each
     document; `texts`, these texts as JSON, if a step draws documents of other rows.
 
-    `template`: the text of a line with {query} and {document}; None: the tokenizer joins a pair of texts.
+    `template`: the text of a line with {query} and {document}, and with the tokens before a text; None: the tokenizer
+    joins a pair of texts.
     """
 
     example = "reranking"
@@ -61,7 +62,7 @@ class CandidateRows(RowKind):
         if self.template is None:
             return put_around(self.tokenizer)[1]
         after = self.template[max(self.template.index(field) + len(field) for field in ("{query}", "{document}")) :]
-        return [*self.tokenizer.encode(after), *put_around(self.tokenizer)[1]]
+        return self.tokenizer.encode(after)
 
     @property
     def unknown_id(self) -> int | None:
@@ -105,7 +106,7 @@ class CandidateRows(RowKind):
         """The ids of a query with a document. Raises: Dropped if a text has no token."""
         if self.template is None:
             return join_texts(self.tokenizer, query, document)
-        return self.tokenizer.encode_source(filled(self.template, query, document))
+        return self.tokenizer.encode(filled(self.template, query, document))
 
     def pair_row(self, query: str, document: str, limit: int) -> Row:
         """The row of a query and one document without a label, cut to `limit` ids. Raises: DataError for a text without

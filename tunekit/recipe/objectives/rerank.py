@@ -47,6 +47,11 @@ class RerankSettings(ObjectiveSettings):
         "of other rows as negatives; lambda, ranknet, listnet, plistmle: lists of documents with labels; mse, "
         "margin_mse: scores of a teacher",
     )
+    template: str | None = Field(
+        None,
+        description="the text that the base reads, with {query} and {document}; null: both texts as a pair, or for a "
+        "causal language model a question whose answer is yes or no",
+    )
     num_negatives: Count | None = Field(
         None,
         description="documents of other rows that multiple_negatives_ranking draws for each query in each step; "
@@ -88,4 +93,6 @@ class RerankSettings(ObjectiveSettings):
         for name, loss in uses.items():
             if getattr(self, name) is not None and self.loss != loss:
                 raise ValueError(f"{name} has an effect only with loss {loss}; remove it")
+        if self.template is not None and any(self.template.count(field) != 1 for field in ("{query}", "{document}")):
+            raise ValueError("template must contain {query} and {document} once each")
         return self
