@@ -31,6 +31,7 @@ TITLES = (
     "Thumbs up and down (KTO)",
     "Reward models",
     "Embedding models",
+    "Rerankers",
     "Reinforcement learning (GRPO)",
     "Distillation",
     "Encoder-decoders (T5, BART)",

@@ -83,14 +83,14 @@ def by_kind(
     rows = {kind: [row for row in order if kinds[row] == kind] for kind in sorted(set(kinds))}
     if len(rows) < 2:
         return without_repeats(order, hashes, size)
-    whole, partial = list[tuple[float, list[int]]](), list[int]()
+    full_steps, partial = list[tuple[float, list[int]]](), list[int]()
     for number, some in enumerate(rows.values()):
         chosen = without_repeats(some, hashes, size)
         steps = [chosen[start : start + size] for start in range(0, len(chosen), size)]
         if steps and len(steps[-1]) < size:
             partial = max(partial, steps.pop(), key=len)
-        whole += [((place + 0.5) / len(steps) if shuffle else number, step) for place, step in enumerate(steps)]
-    return [row for _, step in sorted(whole, key=lambda each: each[0]) for row in step] + partial
+        full_steps += [((place + 0.5) / len(steps) if shuffle else number, step) for place, step in enumerate(steps)]
+    return [row for _, step in sorted(full_steps, key=lambda each: each[0]) for row in step] + partial
 
 
 def held_out(digests: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:
