@@ -109,7 +109,7 @@ OWN: dict[str, dict[str, Any]] = {
     "cosmos3_edge_text": SECTIONS,
     "dbrx": {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
-        "ffn_config": {"ffn_hidden_size": 64},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_ocr2_sam_vision_model": {"downsample_channels": [64, 64], "global_attn_indexes": [1]},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], **MULTI_HEAD},

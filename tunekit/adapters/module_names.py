@@ -39,9 +39,8 @@ def all_modules(net: nn.Module) -> Modules:
     return {**base_modules(net), **modules_apart(net)}
 
 
-def parameter_names(net: nn.Module) -> list[str]:
-    """Names of the base's own parameters."""
-    modules = base_modules(net)
+def parameter_names(modules: Modules) -> list[str]:
+    """Names of the parameters of these modules."""
     return [
         full_name(name, parameter)
         for name, module in modules.items()

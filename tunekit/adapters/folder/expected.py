@@ -129,7 +129,7 @@ def expected_tensors(
     """All tensors that a file of this configuration must contain for this base; allocates nothing."""
     modules = base_modules(net)
     unloaded = tuple(f"{PREFIX}{name}." for name in parts_apart(net))
-    expected = ExpectedTensors(base_names=frozenset(parameter_names(net)), unloaded=unloaded)
+    expected = ExpectedTensors(base_names=frozenset(parameter_names(base_modules(net))), unloaded=unloaded)
     for target in targets:
         part = method.parameter if target.kind == "parameter" else method.layer
         assert part is not None

@@ -164,7 +164,7 @@ def peft_config(attached: AttachedAdapter) -> PeftConfig:
     config |= {"modules_to_save": None} if config.get("modules_to_save") == [] else {}
     if "target_parameters" in config:
         fused = [written[target.name] for target in targets if target.name in experts or target.kind == "parameter"]
-        names = parameter_names(attached.net)
+        names = parameter_names(modules)  # also of towers, in which PEFT searches too
         config["target_parameters"] = concrete_targets(fused, names, depths=(1, 2)) if fused else None
     if "trainable_token_indices" in attached.method.peft.fields:
         config["trainable_token_indices"] = written_indices(settings, attached.tokens)
