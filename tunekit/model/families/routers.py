@@ -18,7 +18,8 @@ from tunekit.model.router_loss import RouterLoss
 KEY = "training.router_loss"
 TASK = "CAUSAL_LM"  # of the families whose classes have the loss
 FORMULA = ["gate_logits", "num_experts", "top_k", "attention_mask"]  # the arguments of transformers' function
-WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")  # in configurations
+WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")  # in configurations; some nets only have them as attributes
+TOP_K = "num_experts_per_tok"
 
 
 def find_routers(net: nn.Module) -> list[tuple[nn.Module, int]]:
@@ -41,7 +42,8 @@ def make_router_loss(base: LoadedModel, setting: str | float) -> RouterLoss | No
     weight = _weight_in_config(base) if setting == "auto" else 0.0 if setting == "off" else float(setting)
     if not weight or base.family.task_type != TASK or not find_routers(base.net):
         return None
-    return RouterLoss(weight, int(text_config(base.net).num_experts_per_tok))
+    holder = base.net if hasattr(base.net, TOP_K) else text_config(base.net)
+    return RouterLoss(weight, int(getattr(holder, TOP_K)))
 
 
 def record_routers(net: nn.Module) -> None:
@@ -82,5 +84,6 @@ def router_notes(base: LoadedModel, setting: str | float) -> list[str]:
 def _weight_in_config(base: LoadedModel) -> float:
     """The weight of the router loss for which the base's configuration asks; 0.0 for none."""
     config = text_config(base.net)
-    weight = next((getattr(config, name) for name in WEIGHTS if getattr(config, name, None)), 0.0)
+    places = [(holder, name) for holder in (config, base.net) for name in WEIGHTS]
+    weight = next((value for holder, name in places if (value := getattr(holder, name, None))), 0.0)
     return float(weight) if getattr(config, "output_router_logits", False) else 0.0
