@@ -135,11 +135,13 @@ def test_the_configuration_or_the_recipe_asks_for_it(
 
 def test_dbrx_has_its_numbers_in_the_net_only(tmp_path: Path) -> None:
     recipe = recipe_of(write_tiny("dbrx", tmp_path))
-    assert "router loss: weight 0.125" in " ".join(call("plan", recipe, "training.router_loss=0.125").split())
+    assert "router loss: weight 0.125" in " ".join(
+        call("plan", recipe, "adapter.r=4", "training.router_loss=0.125").split()
+    )
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
     config["ffn_config"]["moe_loss_weight"] = 0.25
     (tmp_path / "config.json").write_text(json.dumps(config | {"output_router_logits": True}), encoding="utf-8")
-    assert "router loss: weight 0.25" in " ".join(call("plan", recipe).split())
+    assert "router loss: weight 0.25" in " ".join(call("plan", recipe, "adapter.r=4").split())
 
 
 def test_it_is_refused_where_no_router_has_it(tiny_llama: Path, tmp_path: Path) -> None:
