@@ -13,6 +13,8 @@ from torch import Tensor
 from tests.architectures.cells import call
 from tests.architectures.tiny import write_tiny
 from tests.support.loop_case import Case, make_case, make_rows
+from tests.support.ranks_case import train_in_ranks
+from tests.support.train_case import write_recipe
 from tunekit.contracts import Batch
 from tunekit.data.batching.pad import real_positions
 from tunekit.errors import RecipeError
@@ -155,3 +157,19 @@ def test_it_is_refused_where_no_router_has_it(tiny_llama: Path, tmp_path: Path) 
 def test_other_values_are_refused(value: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"training.router_loss"):
         load_recipe(str(recipe_of(tmp_path)), [f"training.router_loss={value}"])
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_same_router_loss(tmp_path: Path) -> None:
+    adapter = {"method": "lora", "r": 4, "dropout": 0.0}
+    recipe = write_recipe(tmp_path, write_tiny("mixtral", tmp_path / "model"), rows=12, adapter=adapter)
+    keys = ("training.epochs=null", "training.max_steps=2", "training.eval_steps=2", "training.router_loss=0.5")
+    steps = []
+    for world in (1, 2):
+        run = tmp_path / f"run-{world}"
+        ends = train_in_ranks(recipe, run, *keys, "training.gradient_accumulation_steps=4", world=world)
+        assert [end.code for end in ends] == [0] * world, ends
+        lines = map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines())
+        steps.append([(line["loss"], line[ROUTER_LOSS], line["grad_norm"]) for line in lines if "loss" in line])
+    for one, two in zip(*steps, strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
