@@ -48,11 +48,7 @@ def limit_tokens(native: ProcessorMixin, tokens: int) -> JsonObject:
     Raises: RecipeError if the processor writes more tokens with every setting.
     """
     unlimited = native.image_processor.to_dict()
-    changed = (
-        _fewer_pinpoints(native, unlimited, tokens)
-        if unlimited.get(PINPOINTS)
-        else _lower_size(native, unlimited, tokens)
-    )
+    changed = _lower_size(native, unlimited, tokens)
     _apply(native, unlimited, changed)
     return changed
 
@@ -64,7 +60,8 @@ def _lower_size(native: ProcessorMixin, unlimited: JsonObject, tokens: int) -> J
         _apply(native, unlimited, _settings(unlimited, number))
         return most_tokens(native, USUAL if PATCHES in unlimited else LARGEST)
 
-    if not _settings(unlimited, 1) or (smallest := most(1)) == most(LARGER):
+    # the base's own configuration has the same pinpoints, and both must be equal
+    if unlimited.get(PINPOINTS) or not _settings(unlimited, 1) or (smallest := most(1)) == most(LARGER):
         return _fixed(native, unlimited, tokens)
     if smallest > tokens:
         raise _too_few(tokens, smallest)
@@ -96,18 +93,6 @@ def _settings(unlimited: JsonObject, number: int) -> dict[str, Any]:
     return {}
 
 
-def _fewer_pinpoints(native: ProcessorMixin, unlimited: JsonObject, tokens: int) -> JsonObject:
-    """The settings with the pinpoints (sizes to which an image is resized) within the limit."""
-    counts = {}
-    for height, width in unlimited[PINPOINTS]:
-        _apply(native, unlimited, {PINPOINTS: [[height, width]]})
-        counts[height, width] = most_tokens(native, [(height, width)])
-    fitting = [[*size] for size, count in counts.items() if count <= tokens]
-    if not fitting:
-        raise _too_few(tokens, min(counts.values()))
-    return {PINPOINTS: fitting}
-
-
 def _apply(native: ProcessorMixin, unlimited: JsonObject, changed: Mapping[str, object]) -> None:
     """Give the processor an image processor with changed settings."""
     native.image_processor = type(native.image_processor).from_dict({**unlimited, **changed})
@@ -122,7 +107,7 @@ def _fixed(native: ProcessorMixin, unlimited: JsonObject, tokens: int) -> JsonOb
 
 
 def _too_few(tokens: int, fewest: int) -> RecipeError:
-    what = f"{tokens:,} is too small: with this base, an image takes {fewest:,} tokens or more"
+    what = f"{tokens:,} is too small: the lowest limit that this base's processor can keep is {fewest:,} tokens"
     return RecipeError(what, f"write {fewest} or more, or auto", key=KEY)
 
 
