@@ -303,7 +303,12 @@ def test_a_template_without_places_for_images_is_refused(folder: Path, tmp_path:
         encode(objective, image_row(0, [str(write_images(tmp_path, 1)[0])]), tmp_path)
 
 
-def test_other_bases_refuse_images_by_name(folder: Path, tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "reason"), [("mllama", "cross-attention layers"), ("llama4", "projects the features"), ("fuyu", "")]
+)
+def test_other_bases_refuse_images_by_name(
+    model_type: str, reason: str, folder: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
     row = image_row(0, [str(write_images(tmp_path, 1)[0])])
     with pytest.raises(DataError, match="the base reads text alone"):
         encode(objective_of(tiny_llama), row, tmp_path)
@@ -312,13 +317,13 @@ def test_other_bases_refuse_images_by_name(folder: Path, tiny_llama: Path, tmp_p
     for file in folder.glob("*.json*"):
         (other / file.name).write_bytes(file.read_bytes())
     config = json.loads((other / "config.json").read_text())
-    config |= {"model_type": "mllama", "architectures": ["MllamaForConditionalGeneration"]}
+    config |= {"model_type": model_type, "architectures": ["MllamaForConditionalGeneration"]}
     (other / "config.json").write_text(json.dumps(config))
     refusing = objective_of(other)
     assert isinstance(refusing.rows, SequenceRows)
-    with pytest.raises(DataError, match="rows with images: not supported yet for mllama"):
+    with pytest.raises(DataError, match=f"rows with images: not supported yet for {model_type}.*{reason}"):
         encode(refusing, row, tmp_path)
-    assert "mllama" not in PROVEN
+    assert model_type not in PROVEN
 
 
 @pytest.mark.parametrize("package", ["pillow", "torchvision", "transformers"])

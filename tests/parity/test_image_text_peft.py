@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
@@ -42,6 +43,8 @@ def peft_model(folder: Path, adapter: Path) -> Any:
 
 def processed(processor: Any, rows: list[dict[str, Any]], folder: Path) -> dict[str, torch.Tensor]:
     """The processor's own batch, padded, with labels."""
+    if type(processor).__name__ == "PaliGemmaProcessor":
+        return by_hand(processor, rows, folder)
     conversations = [
         [
             {"role": message["role"], "content": [_part(part, folder) for part in parts]}
@@ -59,6 +62,30 @@ def processed(processor: Any, rows: list[dict[str, Any]], folder: Path) -> dict[
     types = batch.get("mm_token_type_ids", batch.get("token_type_ids"))
     batch["labels"] = batch["input_ids"].masked_fill(~trained | (types != 0), IGNORED)
     return dict(batch)
+
+
+def by_hand(processor: Any, rows: list[dict[str, Any]], folder: Path) -> dict[str, torch.Tensor]:
+    """The batch for PaliGemma, whose processor has no conversations: tokens before the first answer have type 0."""
+    tokenizer, ids, labels = processor.tokenizer, list[list[int]](), list[list[int]]()
+    image = processor.image_token * processor.image_seq_length
+    for row in rows:
+        ids.append([])
+        labels.append([])
+        for message in row["messages"]:
+            parts = message["content"] if isinstance(message["content"], list) else [message["content"]]
+            texts = [_part(part, folder).get("text", image) for part in parts]
+            pieces = [f"<|im_start|>{message['role']}\n", "".join(texts) + "<|im_end|>", "\n"]
+            for at, piece in enumerate(pieces):
+                new = tokenizer.encode(piece, add_special_tokens=False)
+                ids[-1] += new
+                labels[-1] += new if at == 1 and message["role"] == "assistant" else [IGNORED] * len(new)
+    padded = [torch.nn.utils.rnn.pad_sequence([torch.tensor(each) for each in some], True, value)
+              for some, value in ((ids, 0), (labels, IGNORED))]  # fmt: skip
+    batch = {"input_ids": padded[0], "labels": padded[1], "token_type_ids": (padded[1] >= 0).long().cummax(1).values}
+    batch["attention_mask"] = torch.tensor([[at < len(each) for at in range(padded[0].shape[1])] for each in ids])
+    paths = [part["image"] for row in rows for part in row["messages"][0]["content"] if "image" in part]
+    pixels = [processor.image_processor(Image.open(folder / path), return_tensors="pt") for path in paths]
+    return batch | ({"pixel_values": torch.cat([each["pixel_values"] for each in pixels])} if pixels else {})
 
 
 def _part(part: Any, folder: Path) -> dict[str, str]:

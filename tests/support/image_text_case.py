@@ -38,11 +38,14 @@ TOKENS = {  # model type -> its further tokens, the token at features, what the 
     "idefics3": (TILE_TOKENS, "<image>", "<image>"),
     "smolvlm": ([*TILE_TOKENS, "<video>"], "<image>", "<image>"),
     "llava_next": (["<image>"], "<image>", "<image>"),
+    "llava_onevision": (["<image>", "<video>"], "<image>", "<image>"),
     "mistral3": (["[IMG]", "[IMG_BREAK]", "[IMG_END]"], "[IMG]", "[IMG]"),
     "internvl": ([*CONTEXT_TOKENS.values()], "<IMG_CONTEXT>", "<IMG_CONTEXT>"),
+    "paligemma": (["<image>", "<bos>"], "<image>", "<image>"),
     "gemma4": ([*GEMMA4_TOKENS.values(), "<|video|>"], "<|image|>", "<|image|>"),
 }
-INDEXED = ("gemma3", "llava", "llava_next", "mistral3")  # configurations that call the token's id image_token_index
+# configurations that call the token's id image_token_index
+INDEXED = ("gemma3", "llava", "llava_next", "llava_onevision", "mistral3", "paligemma")
 NAMED_TOKENS = {"gemma3": GEMMA_TOKENS, "gemma4": GEMMA4_TOKENS, "internvl": CONTEXT_TOKENS}
 LLAMA = {"model_type": "llama"}
 CLIP = {**PATCHES, "model_type": "clip_vision_model", "projection_dim": 32}
@@ -63,6 +66,11 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": (WINDOWS, PATCHES, {"mm_tokens_per_image": 4}),
     "llava": (LLAMA, CLIP, {"image_seq_length": 16}),
     "llava_next": (LLAMA, CLIP, {"image_grid_pinpoints": PINPOINTS}),
+    "llava_onevision": (
+        {"model_type": "qwen2"},
+        {**PATCHES, "model_type": "siglip_vision_model", "vision_use_head": False},
+        {"image_grid_pinpoints": PINPOINTS, "vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
+    ),
     "mistral3": (
         {"model_type": "mistral"},
         {**PATCHES, "image_size": 64, "model_type": "pixtral", "head_dim": 8},
@@ -72,6 +80,11 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"model_type": "qwen2"},
         {**TOWER, "image_size": [SIDE, SIDE], "patch_size": [8, 8]},
         {"image_seq_length": 4},
+    ),
+    "paligemma": (
+        {"model_type": "gemma", "vocab_size": 1600},
+        {**PATCHES, "model_type": "siglip_vision_model", "vision_use_head": False},
+        {"projection_dim": 32, "hidden_size": 32, "vocab_size": 1600},
     ),
     "gemma4": (
         {**WINDOWS, "global_head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
@@ -124,12 +137,20 @@ def make_processor(model_type: str, tokenizer: PreTrainedTokenizerFast) -> Any:
         sizes = {"size": {"shortest_edge": SIDE}, "crop_size": tile, "image_grid_pinpoints": PINPOINTS}
         images = transformers.LlavaNextImageProcessor(**sizes)
         return transformers.LlavaNextProcessor(images, tokenizer, 8, "default", num_additional_image_tokens=1)
+    if model_type == "llava_onevision":
+        images = transformers.LlavaOnevisionImageProcessor(size=tile, image_grid_pinpoints=PINPOINTS)
+        videos = transformers.LlavaOnevisionVideoProcessor()
+        return transformers.LlavaOnevisionProcessor(images, tokenizer, videos, 16, "full")
     if model_type == "mistral3":
         images = transformers.PixtralImageProcessor(size={"longest_edge": 64}, patch_size={"height": 8, "width": 8})
         return transformers.PixtralProcessor(images, tokenizer, patch_size=8, spatial_merge_size=2)
     if model_type == "internvl":
         images = transformers.GotOcr2ImageProcessor(size=tile, crop_to_patches=True, min_patches=1, max_patches=4)
         return transformers.InternVLProcessor(images, tokenizer, transformers.InternVLVideoProcessor(), 4)
+    if model_type == "paligemma":
+        images = transformers.SiglipImageProcessor(size=tile, image_seq_length=16)
+        tokenizer.bos_token = "<bos>"
+        return transformers.PaliGemmaProcessor(images, tokenizer)
     if model_type == "gemma4":
         images = transformers.Gemma4ImageProcessor(patch_size=4, max_soft_tokens=70)
         sounds, videos = transformers.Gemma4AudioFeatureExtractor(), transformers.Gemma4VideoProcessor()
@@ -156,7 +177,7 @@ def write_image_text(model_type: str, folder: Path, *, marked: bool = False) -> 
     processor.save_pretrained(folder)
     token_id = tokenizer.convert_tokens_to_ids(features)
     text, vision, others = SHAPES[model_type]
-    text = {**TEXT, **text, "vocab_size": VOCABULARY}
+    text = {**TEXT, "vocab_size": VOCABULARY, **text}
     image = {"image_token_index" if model_type in INDEXED else "image_token_id": token_id}
     config = CONFIG_MAPPING[model_type](text_config=text, vision_config=vision, **image, **others)
     assert config.image_token_id == token_id

@@ -51,10 +51,11 @@ class ImageProcessor(Protocol):
     def layout(self) -> dict[str, str]:
         """For each input of the vision tower: what its first dimension counts."""
 
-    def expansion(self, height: int, width: int) -> str:
-        """The text that the processor writes in place of the placeholder of an image of this size."""
+    def expansion(self, height: int, width: int, *, alone: bool = True) -> str:
+        """The text that the processor writes in place of the placeholder of an image of this size. `alone`: whether the
+        row has no other image."""
 
-    def inputs(self, pixels: NDArray[np.uint8]) -> dict[str, Tensor]:
+    def inputs(self, pixels: NDArray[np.uint8], *, alone: bool = True) -> dict[str, Tensor]:
         """The inputs of the vision tower for one image (H, W, 3)."""
 
     def input_bytes(self, height: int, width: int) -> int:

@@ -12,7 +12,7 @@ from tunekit.contracts import Processor, Stages, Tensors
 from tunekit.model.families.family import Family
 from tunekit.model.families.stacks import OneStack
 from tunekit.model.families.structure import accepted_names, base_name
-from tunekit.model.images.features import deep_layers
+from tunekit.model.images.features import deep_layers, prompts_both_ways
 from tunekit.model.parts import composite_classes, parts_apart, set_apart
 from tunekit.model.pretrained import as_pretrained, config_of
 from tunekit.model.text.tokenizer import load_tokenizer
@@ -22,7 +22,7 @@ from tunekit.recipe.model import ImageModel, ModelSection
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
-ONE_TENSOR = ("gemma3", "internvl")  # model types whose features are one tensor, not a list
+ONE_TENSOR = ("gemma3", "internvl", "paligemma")  # model types whose features are one tensor, not a list
 
 
 class ImageStack(OneStack):
@@ -36,7 +36,7 @@ class ImageStack(OneStack):
     def run(self, net: nn.Module, inputs: Tensors) -> ModelOutput:
         """The output of the language model. Further inputs of rows with images: image_features (N, D), of all images
         in order, beside those for the first layers (N, (1 + layers) D); token_types (B, T), 1 at features;
-        rope_positions (3, B, T), if the base has three positions."""
+        answer_types (B, T), 0 before the first answer; rope_positions (3, B, T), if the base has three positions."""
         features = inputs.get("image_features")
         if features is None:
             return super().run(net, inputs)
@@ -51,6 +51,8 @@ class ImageStack(OneStack):
         images.deepstack_features = [[layer] for layer in deep]
         base, types = as_pretrained(net).base_model, inputs["token_types"]
         arguments = {"position_ids": inputs.get("rope_positions"), "token_type_ids": types, "mm_token_type_ids": types}
+        if prompts_both_ways(net):
+            arguments["token_type_ids"] = inputs["answer_types"]
         accepted = {name: value for name, value in arguments.items() if name in accepted_names(base)}
         # LLaVA declares no use_cache, but passes it on
         return base(inputs["input_ids"], mm_encoder_outputs={"image": images}, use_cache=False, **accepted)

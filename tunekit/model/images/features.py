@@ -19,6 +19,7 @@ from tunekit.records import JsonObject
 
 GRID = "image_grid_thw"  # the input of a tower that positions of rows need
 PARTS_HASH = "parts_hash"  # the attribute of a net
+BOTH_WAYS = ("paligemma",)  # model types
 
 
 @torch.no_grad()
@@ -68,6 +69,11 @@ def _in_one(features: Tensor | Sequence[Tensor]) -> Tensor:
 def deep_layers(net: nn.Module) -> int:
     """The number of layers after which the base adds features of images to the states."""
     return len(getattr(getattr(config_of(net), "vision_config", None), "deepstack_visual_indexes", None) or ())
+
+
+def prompts_both_ways(net: nn.Module) -> bool:
+    """Whether the tokens before the first answer attend to each other in both directions."""
+    return config_of(net).model_type in BOTH_WAYS
 
 
 def rope_positions(net: nn.Module, ids: Tensor, types: Tensor, images: Sequence[Tensors]) -> Tensor | None:

@@ -26,10 +26,14 @@ if TYPE_CHECKING:
 # Model types for which tests prove that loss and gradient equal a plain forward of transformers.
 PROVEN = frozenset(
     [
-        *("gemma3", "gemma4", "glm4v", "idefics3", "internvl", "llava", "llava_next", "mistral3"),
-        *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm"),
+        *("gemma3", "gemma4", "glm4v", "idefics3", "internvl", "llava", "llava_next", "llava_onevision"),
+        *("mistral3", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm"),
     ]
 )
+REFUSED = {  # known model types, each with its reason
+    "mllama": "its images enter through cross-attention layers, and a batch must have images in every row or in none",
+    "llama4": "its code projects the features of images within each pass of the language model",
+}
 TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets")
 PACKAGES = ("pillow", "torchvision", "transformers")  # on which pixels depend
 SIZES = ((32, 32), (32, 256))  # heights and widths of the images from which the layout is found
@@ -43,8 +47,9 @@ class BaseImages:
 
     def __init__(self, folder: Path, model_type: str, tokens: int = 0) -> None:
         self.folder, self.model_type, self.tokens = folder, model_type, tokens
-        others = f"rows with images: not supported yet for {model_type}, only for {listed(sorted(PROVEN), len(PROVEN))}"
-        self.obstacle = None if model_type in PROVEN else others
+        why = f", because {REFUSED[model_type]}" if model_type in REFUSED else ""
+        others = f"rows with images: not supported yet for {model_type}{why}; choose one of"
+        self.obstacle = None if model_type in PROVEN else f"{others} {listed(sorted(PROVEN), len(PROVEN))}"
         self._remember()
 
     def _remember(self) -> None:
@@ -112,20 +117,27 @@ class BaseImages:
         """sha256 of the processor's settings, and of the packages that resize images."""
         return hash_of([self.native.to_dict(), [version(name) for name in PACKAGES]])
 
-    def expansion(self, height: int, width: int) -> str:
-        """The text that the processor writes in place of the placeholder of an image of this size. Raises: DataError if
-        the processor refuses such an image."""
-        return self._expansion(height, width)
+    def expansion(self, height: int, width: int, *, alone: bool = True) -> str:
+        """The text that the processor writes in place of the placeholder of an image of this size. `alone`: whether the
+        row has no other image. Raises: DataError if the processor refuses such an image."""
+        return self._expansion(height, width, alone or not self.counts_images)
 
-    def _read_expansion(self, height: int, width: int) -> str:
-        output = self._run(np.zeros((height, width, 3), np.uint8), return_text_replacement_offsets=True)
-        [[replacement]] = output["text_replacement_offsets"]
+    def _read_expansion(self, height: int, width: int, alone: bool) -> str:
+        output = self._run(np.zeros((height, width, 3), np.uint8), alone, return_text_replacement_offsets=True)
+        [[replacement, *_]] = output["text_replacement_offsets"]
         return str(replacement["replacement"])
 
-    def inputs(self, pixels: Pixels) -> Tensors:
-        """The inputs of the vision tower for one image. They depend on no other image."""
-        output = self._run(pixels, return_tensors="pt")
-        return {name: tensor for name, tensor in output.items() if name not in TEXT}
+    @cached_property
+    def counts_images(self) -> bool:
+        """Whether the processor makes something else of an image if its row has others, as LLaVA-OneVision's does."""
+        return any(self._expansion(*size, True) != self._expansion(*size, False) for size in SIZES)
+
+    def inputs(self, pixels: Pixels, *, alone: bool = True) -> Tensors:
+        """The inputs of the vision tower for one image. They depend on no pixel of another image."""
+        alone = alone or not self.counts_images
+        output = self._run(pixels, alone, return_tensors="pt")
+        inputs = {name: tensor for name, tensor in output.items() if name not in TEXT}
+        return inputs if alone else {name: tensor[: -(-len(tensor) // 2)] for name, tensor in inputs.items()}
 
     def input_bytes(self, height: int, width: int) -> int:
         """The size of these inputs for an image of this size."""
@@ -134,10 +146,12 @@ class BaseImages:
     def _read_input_bytes(self, height: int, width: int) -> int:
         return sum(tensor.nbytes for tensor in self.inputs(np.zeros((height, width, 3), np.uint8)).values())
 
-    def _run(self, pixels: Pixels, **options: object) -> dict[str, Tensor]:
+    def _run(self, pixels: Pixels, alone: bool = True, **options: object) -> dict[str, Tensor]:
+        """The processor's output for a row with this image; not `alone`: with this image twice."""
+        count = 1 if alone else 2
         try:
             with quiet():
-                return self.native(images=[pixels], text=[self.placeholder], **options)
+                return self.native(images=[[pixels] * count], text=[self.placeholder * count], **options)
         except FAULTS as error:
             size = f"{pixels.shape[1]} x {pixels.shape[0]} pixels"
             what = f"the model's processor refuses an image of {size} ({_first_line(error)})"
@@ -173,7 +187,7 @@ class BaseImages:
 
 
 def _counted(tensors: list[Tensor]) -> str:
-    first, second = ({tensor.shape[axis] for tensor in tensors} for axis in (0, 1))
+    first, second = ({tensor.shape[axis] for tensor in tensors if tensor.dim() > axis} for axis in (0, 1))
     if len(first) > 1:
         return "tiles" if tensors[0].dim() > 2 else "patches"
     return "images" if len(second) == 1 else "samples"

@@ -35,7 +35,14 @@ from tunekit.files.cache_folder import default_cache_folder, hash_of
 from tunekit.files.tensor_cache import TensorCache
 from tunekit.formats.example import Example, images_of
 from tunekit.formats.media import Media
-from tunekit.model.images.features import GRID, deep_layers, features_key, image_features, rope_positions
+from tunekit.model.images.features import (
+    GRID,
+    deep_layers,
+    features_key,
+    image_features,
+    prompts_both_ways,
+    rope_positions,
+)
 from tunekit.model.loaded_model import LoadedModel, as_loaded
 from tunekit.objectives.rows.images import read_pixels
 from tunekit.objectives.rows.row_images import (
@@ -151,11 +158,12 @@ class ImageTextRows(TextRows):
     def _encode_limited(self, example: Example, origin: str, sizes: Sequence[Size], limit: int = 0) -> Row:
         """The row whose images have at most `limit` tokens; 0: the limit of all rows."""
         media, processor = images_of(example), self._limited(limit)
-        expansions = [_expansion(processor, image, size) for image, size in zip(media, sizes, strict=True)]
+        alone = len(media) == 1
+        expansions = [_expansion(processor, image, size, alone) for image, size in zip(media, sizes, strict=True)]
         texts = ImageTexts(processor.placeholder, expansions) if media else None
         ids, weights, places = self.renderer.with_images(example, texts)
         images = [
-            RowImage(path_of(image), len(image.data or b""), image_hash(image), *size, *place, limit)
+            RowImage(path_of(image), len(image.data or b""), image_hash(image), *size, *place, limit, alone)
             for image, size, place in zip(media, sizes, places, strict=True)
         ]
         parts = sequence_parts(np.asarray(ids, dtype=np.int32), weights > 0, weights)
@@ -208,9 +216,10 @@ class ImageTextRows(TextRows):
     def prepare_rows(self, run: RunView, step: StepBatches) -> StepBatches:
         """The step with the features of all images."""
         base = as_loaded(run.model.base)
+        always = not self.packable and prompts_both_ways(base.net)  # also batches without images
 
         def prepared(batch: Batch) -> Batch:
-            if not any(row.parts[IMAGES].size for row in batch.rows):
+            if not always and not any(row.parts[IMAGES].size for row in batch.rows):
                 return batch
             return self.with_rows(batch, (self._with_features(row, base, run.is_simulated) for row in batch.rows))
 
@@ -240,11 +249,11 @@ class ImageTextRows(TextRows):
         """The features of image `at` of a row, from the cache or computed, and its grid if the processor makes one."""
         image, processor = images[at], self._limited(images[at].limit)
         if self.cache is None:
-            return _computed(base, processor.inputs(pixels_of(row, images, at)))
+            return _computed(base, processor.inputs(pixels_of(row, images, at), alone=image.alone))
         how = features_key(base.net, base.device, base.dtype)
-        key = hash_of([image.sha256, processor.fingerprint, how])
+        key = hash_of([image.sha256, image.alone, processor.fingerprint, how])
         if (stored := self.cache.read(key)) is None:
-            stored = _computed(base, processor.inputs(pixels_of(row, images, at)))
+            stored = _computed(base, processor.inputs(pixels_of(row, images, at), alone=image.alone))
             self.cache.write(key, stored)
         return stored
 
@@ -261,8 +270,8 @@ class ImageTextRows(TextRows):
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
         """Make the batch. In a prepared batch with images, further inputs: image_features (N, D) float32, of all images
-        in order; token_types (B, T); rope_positions (3, B, T), if the base has three positions, in place of
-        position_ids."""
+        in order; token_types (B, T); answer_types (B, T), 1 from a row's first trained token on; rope_positions
+        (3, B, T), if the base has three positions, in place of position_ids."""
         text = [[replace(row, parts=_without_images(row.parts)) for row in some] for some in sequences]
         batch = replace(self.plain.collate(text), sequences=tuple(map(tuple, sequences)))
         features = [row.parts[FEATURES] for row in batch.rows if FEATURES in row.parts]
@@ -270,6 +279,7 @@ class ImageTextRows(TextRows):
             return batch
         inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "position_ids"}
         inputs[FEATURES] = torch.from_numpy(np.concatenate(features))
+        inputs["answer_types"] = lay_end_to_end([[_answer_types(row) for row in some] for some in sequences], 1)
         inputs["token_types"] = lay_end_to_end([[self._token_types(row) for row in some] for some in sequences], 0)
         if POSITIONS in batch.rows[0].parts:
             lines = (
@@ -292,6 +302,12 @@ class ImageTextRows(TextRows):
         return [*spans, _text_span(row, labels, position, row.size)] if spans else self.plain.spans(row)
 
 
+def _answer_types(row: Row) -> Array:
+    """(T,) int64: 1 from the first trained token on, else 0."""
+    types: Array = np.maximum.accumulate(row.parts["trained"].astype(np.int64))
+    return types
+
+
 def _without_images(parts: RowParts) -> dict[str, Array]:
     return {name: values for name, values in parts.items() if name not in IMAGE_PARTS}
 
@@ -306,10 +322,10 @@ def _computed(base: LoadedModel, inputs: Tensors) -> Tensors:
     return {FEATURES: image_features(base.net, inputs, base.device, base.dtype).cpu(), **grid}
 
 
-def _expansion(processor: ImageProcessor, image: Media, size: Size) -> str:
+def _expansion(processor: ImageProcessor, image: Media, size: Size, alone: bool) -> str:
     """The text that stands for an image. Raises: DataError with its file if the processor refuses its size."""
     try:
-        return processor.expansion(*size)
+        return processor.expansion(*size, alone=alone)
     except DataError as error:
         raise DataError(f"{image.name}: {error.problems[0].what}", error.problems[0].how) from error
 

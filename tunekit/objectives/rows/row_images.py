@@ -22,7 +22,7 @@ SAMPLED = 1000  # rows whose features are counted for a plan
 class RowImage:
     """An image of a row. `size`: the number of its bytes in the part `image_data`; 0 if it is read from `path`.
     `start`, `stop`: the row's tokens that stand for it. `limit`: the maximum number of its tokens, if it was made
-    smaller than other rows' images; else 0."""
+    smaller than other rows' images; else 0. `alone`: whether these are the tokens of an only image."""
 
     path: str
     size: int
@@ -32,6 +32,7 @@ class RowImage:
     start: int
     stop: int
     limit: int = 0
+    alone: bool = True
 
 
 def images_in(row: Row) -> list[RowImage]:
