@@ -172,7 +172,7 @@ def test_unknown_formats_and_kinds_are_refused(tmp_path: Path) -> None:
         export_verb(str(tmp_path / "base"), "kohya", str(tmp_path / "new.safetensors"))
     with pytest.raises(InputError, match=r"mlx takes an adapter, .*programs read the model's folder itself; .*doctor"):
         export_verb(str(tmp_path / "base"), "mlx", str(tmp_path / "new"))
-    with pytest.raises(InputError, match=r"--to kohia is unknown; choose .*kohya"):
+    with pytest.raises(InputError, match=r"^--to: kohia is unknown; choose .*kohya"):
         export_verb(str(tmp_path / "base"), "kohia", str(tmp_path / "new.safetensors"))
 
 

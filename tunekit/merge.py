@@ -22,7 +22,7 @@ def merge_verb(
     Raises: TunekitError; the command line returns its exit code.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype} is unknown", f"choose {', '.join(DTYPES)}", key="--dtype")
+        raise InputError(f"{dtype} is unknown", f"choose {', '.join(DTYPES)}", key="--dtype")
     console = Console()
     target = find_plain_target(adapter, base, overrides)
     console.info(*target.notes)

@@ -297,7 +297,7 @@ def test_the_certificate_of_a_half_precision_run_says_what_is_rounding(
     assert "computed in bfloat16, as the adapter runs here: logits differ by" in printed
     with pytest.raises(InputError, match="quantized weights cannot be written in another dtype"):
         merge_verb(str(adapter), str(tmp_path / "packed"), None, "quantized", [], "float16")
-    with pytest.raises(InputError, match="--dtype int8 is unknown; choose float32"):
+    with pytest.raises(InputError, match="--dtype: int8 is unknown; choose float32"):
         merge_verb(str(adapter), str(tmp_path / "packed"), None, None, [], "int8")
 
 

@@ -144,5 +144,5 @@ def known_formats() -> tuple[str, ...]:
 def load_format(name: str) -> Format:
     """The module of a format. Raises: InputError for an unknown name."""
     if name not in known_formats():
-        raise InputError(f"--to {name} is unknown", f"choose {', '.join(known_formats())}", key="--to")
+        raise InputError(f"{name} is unknown", f"choose {', '.join(known_formats())}", key="--to")
     return cast(Format, import_module(f"tunekit.exports.{name.replace('-', '_')}"))

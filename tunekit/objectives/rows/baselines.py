@@ -26,44 +26,44 @@ def plain_scores(objective: Objective, train: Rows, held: Rows | None) -> JsonOb
     kind = objective.rows
     if held is None or not len(held) or not len(train) or not hasattr(kind, "labels"):
         return None
-    taught, asked = _some(train), _some(held)
+    taught, evaluated = _some(train), _some(held)
     if isinstance(kind.labels, Quantities):
-        return _number_scores(kind, taught, asked)
+        return _number_scores(kind, taught, evaluated)
     counts = Counter(kind.labels.head_name(label) for at in range(len(train)) for label in kind.labels_of(train[at]))
     facts: JsonObject = {"metric": objective.loss.metrics[1], "label_rows": dict(counts)}
     several = isinstance(kind.labels, LabelSets)
-    truth = [[kind.labels.head_name(label) for label in kind.labels_of(row)] for row in asked]
+    truth = [[kind.labels.head_name(label) for label in kind.labels_of(row)] for row in evaluated]
     usual = counts.most_common(1)[0][0] if counts else ""
     right, true = sum(each.count(usual) for each in truth), sum(map(len, truth))
-    facts["majority"] = f1(right, len(asked), true) if several else right / max(true, 1)
+    facts["majority"] = f1(right, len(evaluated), true) if several else right / max(true, 1)
     if "firsts" in kind.layout.parts:
-        return {**facts, "words": _tag_score(kind, taught, asked)}
-    inputs = _features(kind, taught, asked) if len(counts) <= MOST_LABELS else None
+        return {**facts, "words": _tag_score(kind, taught, evaluated)}
+    inputs = _features(kind, taught, evaluated) if len(counts) <= MOST_LABELS else None
     if inputs is None:
         return facts
     targets = kind.labels.targets(map(_text, taught))
     if not several:
         targets = torch.nn.functional.one_hot(targets, len(kind.labels.names)).float()  # (N, C)
     weights = _fitted(inputs[0], targets, torch.sigmoid if several else lambda scores: scores.softmax(dim=-1))
-    scores, answers = inputs[1] @ weights, kind.labels.targets(map(_text, asked))  # (M, C); (M, C) or (M,)
+    scores, answers = inputs[1] @ weights, kind.labels.targets(map(_text, evaluated))  # (M, C); (M, C) or (M,)
     if not several:
         return {**facts, "words": float((scores.argmax(dim=-1) == answers).float().mean())}
     chosen = scores > 0
     return {**facts, "words": f1(float((chosen & (answers > 0)).sum()), float(chosen.sum()), float(answers.sum()))}
 
 
-def _number_scores(kind: RowKind, taught: Sequence[Row], asked: Sequence[Row]) -> JsonObject:
+def _number_scores(kind: RowKind, taught: Sequence[Row], evaluated: Sequence[Row]) -> JsonObject:
     """The mean squared errors of the mean, and of a regression on TF-IDF."""
-    targets, answers = (kind.labels.targets(map(_text, rows)) for rows in (taught, asked))  # (N, C), (M, C)
+    targets, answers = (kind.labels.targets(map(_text, rows)) for rows in (taught, evaluated))  # (N, C), (M, C)
     mean, facts = targets.mean(dim=0), dict[str, object]()
-    inputs = _features(kind, taught, asked)
+    inputs = _features(kind, taught, evaluated)
     if inputs is not None:
         guessed = inputs[1] @ _fitted(inputs[0], targets - mean, lambda scores: scores) + mean
         facts["words"] = float((guessed - answers).square().mean())
     return {"metric": "loss", "majority": float((mean - answers).square().mean()), **facts}
 
 
-def _tag_score(kind: RowKind, taught: Sequence[Row], asked: Sequence[Row]) -> float:
+def _tag_score(kind: RowKind, taught: Sequence[Row], evaluated: Sequence[Row]) -> float:
     """The share of words that have the tag that is the most frequent one of this word in the training rows."""
     seen: defaultdict[bytes, Counter[str]] = defaultdict(Counter)
     for row in taught:
@@ -72,7 +72,7 @@ def _tag_score(kind: RowKind, taught: Sequence[Row], asked: Sequence[Row]) -> fl
     usual = sum(seen.values(), Counter[str]()).most_common(1)[0][0]
     right = [
         (seen[word].most_common(1)[0][0] if word in seen else usual) == tag
-        for row in asked
+        for row in evaluated
         for word, tag in zip(_words(row), kind.labels_of(row), strict=True)
     ]
     return sum(right) / max(len(right), 1)
@@ -92,16 +92,16 @@ def _text(row: Row) -> str:
     return row.parts["label"].tobytes().decode()
 
 
-def _features(kind: RowKind, taught: Sequence[Row], asked: Sequence[Row]) -> tuple[Tensor, Tensor] | None:
+def _features(kind: RowKind, taught: Sequence[Row], evaluated: Sequence[Row]) -> tuple[Tensor, Tensor] | None:
     """Sparse TF-IDF of the tokens, (N, V + 1) and (M, V + 1), with the frequencies of the training rows. Rows have the
     length 1; then comes a column of ones. None for rows without text."""
     if not kind.layout.token_parts:
         return None
-    ids = [[kind.text_ids(row) for row in rows] for rows in (taught, asked)]
+    ids = [[kind.text_ids(row) for row in rows] for rows in (taught, evaluated)]
     known = np.unique(np.concatenate(ids[0]))  # (V,)
     counted = [_counted(each, known) for each in ids]
     rarity = np.log((1 + len(taught)) / (1 + np.bincount(counted[0][1], minlength=len(known)))) + 1  # (V,)
-    return _table(len(taught), *counted[0], rarity), _table(len(asked), *counted[1], rarity)
+    return _table(len(taught), *counted[0], rarity), _table(len(evaluated), *counted[1], rarity)
 
 
 def _counted(ids: Sequence[Array], known: Array) -> tuple[Array, Array, Array]:
