@@ -65,13 +65,13 @@ def _number_scores(kind: RowKind, taught: Sequence[Row], evaluated: Sequence[Row
 
 def _tag_score(kind: RowKind, taught: Sequence[Row], evaluated: Sequence[Row]) -> float:
     """The share of words that have the tag that is the most frequent one of this word in the training rows."""
-    seen: defaultdict[bytes, Counter[str]] = defaultdict(Counter)
+    tags_of: defaultdict[bytes, Counter[str]] = defaultdict(Counter)
     for row in taught:
         for word, tag in zip(_words(row), kind.labels_of(row), strict=True):
-            seen[word][tag] += 1
-    usual = sum(seen.values(), Counter[str]()).most_common(1)[0][0]
+            tags_of[word][tag] += 1
+    usual = sum(tags_of.values(), Counter[str]()).most_common(1)[0][0]
     right = [
-        (seen[word].most_common(1)[0][0] if word in seen else usual) == tag
+        (tags_of[word].most_common(1)[0][0] if word in tags_of else usual) == tag
         for row in evaluated
         for word, tag in zip(_words(row), kind.labels_of(row), strict=True)
     ]
