@@ -154,6 +154,30 @@ def test_measured_values_are_written_for_an_encoder(
     assert (training.micro_batch_size, training.gradient_accumulation_steps) == (16, 1)
 
 
+@pytest.mark.parametrize(
+    ("row", "method", "rate"),
+    [
+        ({"text": "text", "label": ["a", "b"]}, "lora", 1e-3),
+        ({"words": ["a", "b"], "tags": ["O", "B-X"]}, "lora", 1e-3),
+        ({"text": "text", "label": "a"}, "ia3", 5e-3),
+        ({"text": "text", "label": "a"}, "prompt", 0.1),
+    ],
+)
+def test_each_measured_rule_is_written(
+    row: dict[str, Any], method: str, rate: float, encoder: Path, tmp_path: Path
+) -> None:
+    other = {"label": ["b"]} if isinstance(row.get("label"), list) else {"label": "b"} if "label" in row else {}
+    lines = [json.dumps({**row, **(other if at % 2 else {})} | _numbered(row, at)) for at in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), "utf-8")
+    init(tmp_path / "rows.jsonl", tmp_path / "r.yaml", encoder, method=method)
+    training = load_recipe(tmp_path / "r.yaml").recipe.training
+    assert (training.learning_rate, training.max_steps) == (rate, 300)
+
+
+def _numbered(row: dict[str, Any], at: int) -> dict[str, Any]:
+    return {"words": ["a", f"b{at}"]} if "words" in row else {"text": f"text {at}"}
+
+
 @pytest.mark.parametrize(("base", "labels"), [("tiny_llama", ("good", "bad")), ("encoder", (0.5, 1.5))])
 def test_unmeasured_runs_keep_the_published_values(
     base: str, labels: tuple[object, object], request: Any, tmp_path: Path
@@ -168,11 +192,12 @@ def test_unmeasured_runs_keep_the_published_values(
 def test_the_rules_are_shown_with_what_nothing_was_measured_for() -> None:
     shown = tunekit("init", "--show-rules").stdout
     for rule in rules():
-        assert {*rule.objectives} <= {*known_names("objectives")}
+        assert {name.split()[0] for name in rule.objectives} <= {*known_names("objectives")}
         assert {*rule.methods} <= {*known_names("adapters")}
         assert all(text in shown for text in rule.measured.values())
     assert "# objectives: audio_classify, " in shown
-    assert "ia3, " in shown.splitlines()[-1]
+    assert "dora, " in shown.splitlines()[-2]
+    assert "ia3, " not in shown.splitlines()[-2]
 
 
 def test_one_command_trains_and_reports(tmp_path: Path) -> None:

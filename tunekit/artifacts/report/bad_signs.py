@@ -17,7 +17,7 @@ RATE, WORDS = "training.learning_rate", "a regression on the words"
 LEAST_STEPS = 4  # minimum of steps that are judged
 FAR = 2.5  # times; a rate or a number of steps that is further from the usual one can be the cause
 MOVED, ROSE, FELL, BACK, HIGH = 0.05, 0.1, 0.3, 0.9, 2.0  # shares of the loss at the start: see the rules
-STILL, UNFINISHED, LOW_RATE, LONGER = 0.1, 0.3, 0.25, 3
+STILL, UNFINISHED, LEFT, WORSE, LOW_RATE, LONGER = 0.1, 0.3, 0.5, 0.02, 0.25, 3
 CUT = 0.05  # share of truncated rows
 LEAST_ROWS, FEW_ROWS, MOST_NAMED = 3, 10, 4  # evaluation rows of a label; its training rows; labels in a sentence
 
@@ -68,7 +68,7 @@ def rate_or_length(run: RunValues) -> str | None:
     if not run.has_loss or len(losses) < LEAST_STEPS or not rate:
         return None
     path, usual = LossPath.of(losses), usual_rate(run.objective, _method(run))
-    rules = (rate_is_too_high, loss_barely_moved, schedule_ended)
+    rules = (rate_is_too_high, loss_barely_moved, schedule_ended, steps_are_few)
     return next((text for rule in rules if (text := rule(run, path, rate, usual)) is not None), None)
 
 
@@ -86,30 +86,45 @@ def rate_is_too_high(run: RunValues, path: LossPath, rate: float, usual: float) 
 
 
 def loss_barely_moved(run: RunValues, path: LossPath, rate: float, usual: float) -> str | None:
-    """The loss fell by less than its noise, or by less than the share MOVED, and the rate is far from the usual rate,
-    or the steps are few."""
-    if run.is_learned(path.end) or path.moved >= max(MOVED * path.start, path.noise):
+    """The loss fell by less than its noise, or by less than the share MOVED, and the rate is far from the usual one."""
+    far = rate >= FAR * usual or rate * FAR <= usual
+    if not far or run.is_learned(path.end) or path.moved >= max(MOVED * path.start, path.noise):
         return None
-    what, rows = f"the training loss barely moved ({path})", run.report.count("rows_per_step")
-    trained, labels = run.report.part("rows").count("trained"), run.report.part("classes").parts("per_class")
-    needed = usual_rows(run.objective, _method(run), trained, len(labels))
-    longer = ""
-    if needed and rows and len(run.steps) * rows * FAR <= needed:
-        longer = f"training.max_steps: {-(-needed // rows)}"
-    if rate >= FAR * usual:
-        return f"{what} at the rate {rate:g}, which is too high: set {RATE}: {usual:g}"
-    if rate * FAR <= usual:
-        also = f" and {longer}" if longer else ""
-        return f"{what} at the rate {rate:g}, which is too low: set {RATE}: {usual:g}{also}"
-    return f"{what} in {len(run.steps):,} steps, which are too few: set {longer}" if longer else None
+    kind, longer = "high" if rate > usual else "low", _usual_steps(run) if rate < usual else None
+    what = f"the training loss barely moved ({path}) at the rate {rate:g}, which is too {kind}"
+    return f"{what}: set {RATE}: {usual:g}{f' and {longer}' if longer else ''}"
+
+
+def steps_are_few(run: RunValues, path: LossPath, rate: float, usual: float) -> str | None:
+    """The steps are far fewer than the measured number, the share LEFT of the loss is left, and the last evaluation is
+    the best one."""
+    longer = _usual_steps(run)
+    if longer is None or path.end < LEFT * path.start or run.is_learned(path.end) or _overfits(run):
+        return None
+    return f"the training loss fell little ({path}) in {len(run.steps):,} steps, which are too few: set {longer}"
+
+
+def _overfits(run: RunValues) -> bool:
+    """Whether an evaluation before the last one has a loss that is lower by the share WORSE."""
+    losses = [loss for _, loss in run.evaluation_losses]
+    return bool(losses) and losses[-1] > (1 + WORSE) * min(losses)
+
+
+def _usual_steps(run: RunValues) -> str | None:
+    """The measured number of steps, as a key of the recipe; None if it is not known or the run has not far fewer."""
+    labels, rows = run.report.part("classes").parts("per_class"), run.report.count("rows_per_step")
+    needed = usual_rows(run.objective, _method(run), run.report.part("rows").count("trained"), len(labels))
+    if not needed or not rows or len(run.steps) * rows * FAR > needed:
+        return None
+    return f"training.max_steps: {-(-needed // rows)}"
 
 
 def schedule_ended(run: RunValues, path: LossPath, rate: float, usual: float) -> str | None:
     """The loss fell by the share STILL in the middle of the run, by less than half of that at its end, where the rate
     was below the share LOW_RATE of the highest, and the share UNFINISHED of the loss is left. The last evaluation is
     the best one."""
-    ended, losses = run.steps[-1].number("learning_rate"), [loss for _, loss in run.evaluation_losses]
-    if len(path.tenths) < 10 or ended is None or ended > LOW_RATE * rate or (losses and losses[-1] > min(losses)):
+    ended = run.steps[-1].number("learning_rate")
+    if len(path.tenths) < 10 or ended is None or ended > LOW_RATE * rate or _overfits(run):
         return None
     middle, last = path.tenths[3] - path.tenths[6], path.tenths[7] - path.end
     if path.end < UNFINISHED * path.start or middle < max(STILL * path.start, 2 * last):

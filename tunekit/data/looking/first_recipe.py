@@ -65,8 +65,8 @@ class FirstRecipe:
     @property
     def measured(self) -> FirstValues | None:
         """The values of training that were measured for such a run, or None."""
-        values = first_values(self.objective.model_fields["method"].default, self.method, self.base)
-        return None if self.needed else values
+        name = " ".join([self.objective.model_fields["method"].default, *self.needed.values()])
+        return first_values(name, self.method, self.base)
 
     @property
     def rows(self) -> list[Mapping[str, object]]:

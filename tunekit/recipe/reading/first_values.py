@@ -18,7 +18,7 @@ RULES = Path(__file__).with_name("first_values.yaml")
 @dataclass(frozen=True)
 class FirstValues:
     """One rule: for which objectives, methods and kind of base (encoder or decoder), the values, and their
-    measurement."""
+    measurement. `objectives`: names, with the type of the rows' labels if the recipe writes it."""
 
     objectives: Sequence[str]
     methods: Sequence[str]
@@ -77,6 +77,8 @@ def rules_text() -> str:
     """The file of rules, and the names for which nothing was measured."""
     lines = [read_text(RULES), "# Nothing was measured for the names below: init writes their published values."]
     for section in ("objectives", "adapters"):
-        measured = {name for rule in rules() for name in (rule.objectives if section == "objectives" else rule.methods)}
+        rule_names = [rule.objectives if section == "objectives" else rule.methods for rule in rules()]
+        measured = {name for names in rule_names for name in names}
         lines.append(f"# {section}: {', '.join(name for name in known_names(section) if name not in measured)}")
+    lines.append("# Nothing was measured for classify with problem_type: regression, nor for any decoder.")
     return "\n".join(lines)
