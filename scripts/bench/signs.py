@@ -94,6 +94,8 @@ def measure(key: str, place: Path, model: str) -> dict[str, Any]:
     with (place / "output.txt").open("w", encoding="utf-8") as output, redirected(output):
         (place / "recipe.yaml").unlink(missing_ok=True)
         init_verb(str(place / "train.jsonl"), str(place / "recipe.yaml"), base, "lora", "none", None)
+        if STEPS in changes and "\n  epochs:" in (place / "recipe.yaml").read_text("utf-8"):
+            overrides.append("~training.epochs")  # init's recipe has no measured number of steps
         train_verb(load_recipe(place / "recipe.yaml", overrides), resume=False, dry_run=False, overwrite=True)
     run = read_run(place / "run")
     sentences, steps = bad_signs(run), [text for text in after_training(run) if "train longer" in text]

@@ -80,5 +80,7 @@ def rules_text() -> str:
         rule_names = [rule.objectives if section == "objectives" else rule.methods for rule in rules()]
         measured = {name for names in rule_names for name in names}
         lines.append(f"# {section}: {', '.join(name for name in known_names(section) if name not in measured)}")
-    lines.append("# Nothing was measured for classify with problem_type: regression, nor for any decoder.")
+    lines.append(
+        "# No rule for problem_type: regression (1e-3 x 300 explains .586 of the variance, words .675) or decoders."
+    )
     return "\n".join(lines)
