@@ -22,10 +22,17 @@ FOLDERS = (
     "talking",
 )
 NAMES = {*known_names("objectives"), *known_names("families"), *known_names("adapters")}
-WORDS = {"prompt", "prefix", "full", "reward", "speech"}  # also ordinary words; counted if what they meet is a name
+WORDS = {
+    "prompt",
+    "prefix",
+    "full",
+    "rerank",
+    "reward",
+    "speech",
+}  # also ordinary words; counted if what they meet is a name
 NAMED = {"name", "method", "family", "objective"}
 SINGLE_FILES = ("tunekit.recipe.objectives.", "tunekit.recipe.adapters.", "tunekit.model.families.")
-SHARED_FILES = ("family", "structure", "stacks", "heads", "stages", "pipeline")  # of families
+SHARED_FILES = ("family", "structure", "stacks", "heads", "stages", "pipeline", "routers")  # of families
 
 
 def settings_of_one_objective() -> set[str]:

@@ -66,6 +66,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
         "images": ["a.png"],
     },
+    "reranking": {"query": "a", "documents": ["b", "c"], "labels": [1, 0]},
     "conll": {"tokens": ["a"], "ner_tags": ["O"]},
     "document": {"text": "a"},
     "embedding": {"anchor": "a", "positive": "b", "negative_1": "c"},

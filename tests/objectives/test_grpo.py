@@ -213,7 +213,7 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(
 ) -> None:
     objective = {"method": method, "num_generations": 8, "max_completion_length": 12, "beta": 0.01, "temperature": 0.5}
     recipe = write_prompts(
-        tmp_path, base, objective=objective, training={"epochs": 8, "eval_steps": 12, "learning_rate": 0.05}
+        tmp_path, base, objective=objective, training={"epochs": 8, "eval_steps": 12, "learning_rate": 0.02}
     )
     run = train(recipe)
     steps = [record for record in records(run) if "loss" in record]

@@ -176,11 +176,11 @@ def layouts(output: object, inputs: object) -> list[object]:
 def test_a_remembered_output_is_what_torch_makes(
     quantization: Any, streaming: Any, wide_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remembered = []
+    remembered, meta_output = [], tracker.meta_output
 
     def checked(func: Any, args: Any, kwargs: Any) -> object:
         before = len(tracker._layouts)
-        output = tracker.meta_output(func, args, kwargs)
+        output = meta_output(func, args, kwargs)
         remembered.append(len(tracker._layouts) == before)
         assert layouts(output, (args, kwargs)) == layouts(func(*args, **kwargs), (args, kwargs)), func
         return output

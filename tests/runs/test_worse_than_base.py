@@ -99,7 +99,8 @@ def test_so_it_is_without_evaluation_rows(stories: Path, tmp_path: Path) -> None
         "finished": True,
         "reason": f"finished; {report['verdict']}",
     }
-    assert f"warning: {report['verdict']}; lower training.learning_rate" in ended.output
+    assert f"warning: {report['verdict']}; with evaluation.best" in ended.output
+    assert f"the rate {RATE:g} is too high: set training.learning_rate: " in ended.output
     page = (run / "report.md").read_text().replace("\\", "")
     assert report["verdict"].capitalize() in page
     assert "Training loss did not fall." in page

@@ -127,6 +127,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "training.micro_batch_size": (["1", "4"], NOT_COUNTS),
     "training.micro_batch_tokens": (["64", "4096"], NOT_COUNTS),
     "training.gradient_accumulation_steps": (["1", "5"], NOT_COUNTS),
+    "training.router_loss": (["auto", "off", "0.01", "1"], ["0", "-1", "on", "null", "[1]", ".inf"]),
     "training.rank_speeds": (["null", "[2, 1]", "[0.5, 1, 3.5]", "[1]"], ["[]", "[1, 0]", "2", "[1, x]", "true"]),
     "training.head_learning_rate": (["null"], [each for each in NOT_NEGATIVE if each != "~"]),
     "training.loraplus_ratio": (["null", "16", "1.5"], NOT_POSITIVE),

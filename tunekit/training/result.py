@@ -69,8 +69,9 @@ def _write_result(folder: RunFolder, run: Run) -> None:
         step, rate = f"step {state.step} of {run.plan.steps}", f"at {run.rate():.0%} of training.learning_rate"
         console.warn(f"{KEY} ended the run after {step}, {rate}; {commands}")
     if facts.verdict is not None:
-        signs = bad_signs(run_values(folder.path))  # their sentences name the change
-        console.warn(facts.verdict if signs else f"{facts.verdict}; {remedy(saves_best, state.step, folder)}")
+        signs = bad_signs(run_values(folder.path))  # their sentences name the change of the training
+        advice = remedy(saves_best, state.step, folder)
+        console.warn("; ".join([facts.verdict, *advice[1 if signs else 0 :]]))
     if facts.skipped_steps:
         console.warn(skipped_text(facts.skipped_steps))
     console.info(f"{place.name + ':':<8} {place} ({bytes_text(size_bytes)})")
@@ -142,14 +143,14 @@ def _ends(name: str, values: Sequence[float], tenth: int) -> dict[str, float]:
     return {f"first_{name}": fmean(values[:tenth]), f"final_{name}": fmean(values[-tenth:])} if values else {}
 
 
-def remedy(saved_best: bool, final_step: int, run: RunFolder) -> str:
-    """The advice for a run that ended badly: how to change the training, and how to export the weights of an earlier
-    step."""
+def remedy(saved_best: bool, final_step: int, run: RunFolder) -> list[str]:
+    """The advice for a run that ended badly: how to change the training, and then how to export the weights of an
+    earlier step."""
     if saved_best:
-        return AFTER_VERDICT
+        return [AFTER_VERDICT]
     earlier = [step for step, _ in list_checkpoints(run.checkpoints) if step < final_step]
     kept = f"the checkpoint of step {earlier[0]} is {relative_to(run.path)}@{earlier[0]}" if earlier else ""
-    return f"{AFTER_VERDICT}; {KEEP_BEST}; {kept or 'set training.save_steps to save checkpoints of earlier steps'}"
+    return [AFTER_VERDICT, KEEP_BEST, kept or "set training.save_steps to save checkpoints of earlier steps"]
 
 
 def base_bytes(model: TunedModel) -> int:

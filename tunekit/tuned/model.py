@@ -88,6 +88,13 @@ class TunedModel:
         assert output.hidden is not None
         return self.to_output(self.real_positions(output.hidden))
 
+    @contextmanager
+    def scoring(self, *, reference: bool = False) -> Iterator[None]:
+        """Context manager for `scores`: without gradient or dropout. `reference`: use the policy at step 0."""
+        policy = self.at_step_0() if reference else nullcontext()
+        with torch.no_grad(), self.training_mode(False), policy, self.unchanged_weights():
+            yield
+
     def scores(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
         """The values that `read` computes from the output of each batch, on the device. A streamed base copies its
         layers once for all batches."""
@@ -260,8 +267,7 @@ class ModelRun:
             kind=self.rows,
             on_split=self.on_split,
         )
-        policy = self.model.at_step_0() if reference else nullcontext()
-        with torch.no_grad(), self.model.training_mode(False), policy, self.model.unchanged_weights():
+        with self.model.scoring(reference=reference):
             scores = [score for some in together for score in in_parts(some)]
         return [torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.cpu() for value in scores]
 

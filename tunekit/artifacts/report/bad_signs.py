@@ -160,11 +160,10 @@ def below_baseline(run: RunValues, *, explained: bool) -> str | None:
     reach = NORMAL_95 * math.sqrt(max(score * (1 - score), 1 / rows) / rows)
     chance = _chance(run)
     if chance is not None and score <= chance + reach:
-        random = words is not None and words <= majority + reach and not explained
-        texts = (
-            f", and {WORDS} reaches {words:.3g}: check that each label belongs to its row (tunekit data rank RECIPE)"
-        )
-        return f"the {name} {score:.3g} is no better than chance ({chance:.3g}){texts if random else cure}"
+        if words is not None and words <= majority + reach and not explained:
+            cure = f", and {WORDS} reaches {words:.3g}: check that each label belongs to its row "
+            cure += "(tunekit data rank RECIPE)"
+        return f"the {name} {score:.3g} is no better than chance ({chance:.3g}){cure}"
     if score >= best - reach:
         return None
     return f"the {name} {score:.3g} is below a plain baseline: {meaning} has {best:.3g}{cure}"

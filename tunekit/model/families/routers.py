@@ -39,8 +39,10 @@ def find_routers(net: nn.Module) -> list[tuple[nn.Module, int]]:
 
 def make_router_loss(base: LoadedModel, setting: str | float) -> RouterLoss | None:
     """The router loss of a run; None if it has none. `setting`: of the recipe."""
+    if base.family.task_type != TASK:
+        return None
     weight = _weight_in_config(base) if setting == "auto" else 0.0 if setting == "off" else float(setting)
-    if not weight or base.family.task_type != TASK or not find_routers(base.net):
+    if not weight or not find_routers(base.net):
         return None
     holder = base.net if hasattr(base.net, TOP_K) else text_config(base.net)
     return RouterLoss(weight, int(getattr(holder, TOP_K)))
@@ -68,14 +70,16 @@ def router_problems(base: LoadedModel, setting: str | float) -> list[Problem]:
 
 def router_notes(base: LoadedModel, setting: str | float) -> list[str]:
     """A note that says whether a mixture of experts has a router loss, and why."""
+    if base.family.task_type != TASK:
+        return []
     loss, of_config = make_router_loss(base, setting), _weight_in_config(base)
     if loss is not None:
         why = "output_router_logits of config.json" if setting == "auto" else KEY
         effect = "it is that of each micro-batch, so results depend on the size of micro-batches"
         return [f"router loss: weight {loss.weight:g} ({why}); {effect}"]
-    if of_config and setting == "auto" and base.family.task_type == TASK:
+    if of_config and setting == "auto":
         return [f"router loss: off, although config.json asks for it: that of {base.facts.model_type} is not computed"]
-    if find_routers(base.net) and base.family.task_type == TASK:
+    if find_routers(base.net):
         why = "config.json has no output_router_logits: true" if setting == "auto" and not of_config else KEY
         return [f"router loss: off ({why})"]
     return []
