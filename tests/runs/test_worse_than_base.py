@@ -74,7 +74,8 @@ def test_a_rate_that_is_far_too_high_is_called_that(stories: Path, tmp_path: Pat
         "finished": True,
         "reason": f"finished; {report['verdict']}",
     }
-    assert f"warning: {report['verdict']}; lower training.learning_rate" in ended.output
+    assert f"warning: {report['verdict']}; with evaluation.best" in ended.output
+    assert f"the rate {RATE:g} is too high: set training.learning_rate: " in ended.output
     assert "next: " not in ended.output  # the warning has the advice
     assert report["verdict"].capitalize() in (run / "report.md").read_text().replace("\\", "")
     (reaction,) = [each for each in report["reactions"] if "at step 1" in each["probe"]]
