@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
+import os
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import gguf
@@ -14,7 +19,7 @@ import pytest
 import tqdm
 
 from tunekit.model.storage.gguf import parsed_once
-from tunekit.model.transformers_guard import KERNEL_USERS, _module, no_fetched_code, quiet
+from tunekit.model.transformers_guard import FETCHERS, KERNEL_USERS, _imported, _module, no_fetched_code, quiet
 
 
 def state() -> dict[str, Any]:
@@ -22,7 +27,8 @@ def state() -> dict[str, Any]:
     return {
         "reader": gguf.GGUFReader,
         "names": gguf.get_tensor_name_map,
-        "kernels": sys.modules.get("kernels", "absent"),
+        "fetchers": {name: dict(vars(module)) for name in FETCHERS if (module := _imported(name)) is not None},
+        "switch": os.environ.get("USE_HUB_KERNELS"),
         "answers": [module.is_kernels_available for module in filter(None, map(_module, KERNEL_USERS))],
         "bars": vars(tqdm.tqdm)["__init__"],
     }
@@ -34,9 +40,9 @@ def state() -> dict[str, Any]:
 def test_everything_is_as_it_was(
     block: Callable[[], AbstractContextManager[None]], fails: bool, installed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "kernels", sys)
-    if not installed:
-        del sys.modules["kernels"]
+    stand_in = ModuleType("kernels")
+    stand_in.get_kernel = lambda: "downloaded code"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kernels", stand_in if installed else None)
     before = state()
     with contextlib.suppress(ZeroDivisionError), block():
         inside = state()
@@ -55,3 +61,30 @@ def test_blocks_of_two_threads_may_overlap() -> None:
     assert logger.level == logging.CRITICAL
     second.__exit__(None, None, None)
     assert (logger.level, state()) == (level, before)
+
+
+@pytest.mark.parametrize("function", [(name, each) for name, functions in FETCHERS.items() for each in functions])
+def test_code_is_not_downloaded(function: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every function of the real package refuses before it reaches the network, and works again afterwards."""
+    module = pytest.importorskip(function[0])
+    if not hasattr(module, function[1]):
+        pytest.skip(f"this release of {function[0]} has no {function[1]}")
+
+    def connect(*_arguments: object) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+    original = getattr(module, function[1])
+    with no_fetched_code():
+        assert getattr(importlib.import_module(function[0]), function[1]) is not original
+        with pytest.raises(ImportError, match="downloaded"):
+            getattr(module, function[1])("kernels-community/activation", version=1)
+    assert getattr(module, function[1]) is original
+
+
+def test_an_attention_kernel_of_the_hub_is_refused(tiny_llama: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with no_fetched_code(), pytest.raises((ImportError, ValueError), match="downloaded|kernels"):
+        AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="kernels-community/flash-attn2")

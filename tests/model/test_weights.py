@@ -248,6 +248,7 @@ assert "bitsandbytes" in sys.modules
 assert "torch._inductor.compile_fx" not in sys.modules
 assert torch.compile is compiler
 assert sys.modules["kernels"] is trap
+assert trap.get_kernel is get_kernel
 """
 
 

@@ -45,6 +45,7 @@ def variables() -> dict[str, str]:
         **dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), str(CACHED_KERNELS)),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "USE_HUB_KERNELS": "NO",  # transformers downloads no code for its layers
         "PYDANTIC_DISABLE_PLUGINS": "1",  # the search for plugins takes longer than reading a recipe
         "TRANSFORMERS_VERBOSITY": "error",  # its warnings name its own settings; plan's notes say what a user can do
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # its warnings about a lost rank have twenty lines of C++ frames each

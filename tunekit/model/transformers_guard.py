@@ -2,15 +2,16 @@
 
 import importlib
 import logging
+import os
 import re
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar, cast
+from typing import NoReturn, TypeVar
 
 import torch
 
@@ -20,6 +21,12 @@ from tunekit.recipe.model import ModelSection
 
 # Modules of transformers that look for the package `kernels` when a GGUF file is loaded.
 KERNEL_USERS = ("transformers.integrations.gguf.kernels", "transformers.quantizers.quantizer_gguf")
+# The functions of the package `kernels` that download code or run downloaded code, by the module that has them. The
+# second module has a name of its own for the first function.
+FETCHERS = {
+    "kernels": ("get_kernel", "get_locked_kernel", "load_kernel", "has_kernel", "install_kernel", "kernelize"),
+    "transformers.integrations.hub_kernels": ("get_kernel", "get_kernel_hub"),
+}
 CODE_ARGUMENT = "trust_remote_code"  # appears in the error for a folder that contains code
 
 T = TypeVar("T")
@@ -108,13 +115,32 @@ def replaced(namespace: MutableMapping[str, T], **values: T) -> Iterator[None]:
 
 @contextmanager
 def no_fetched_code(*, gguf: bool = False) -> Iterator[None]:
-    """Context manager: prevent imports of the package `kernels`, which downloads code. `gguf`: also tell transformers'
-    GGUF reader that `kernels` is not installed."""
+    """Context manager: the package `kernels`, which downloads code, can be imported, but its functions raise an error.
+
+    transformers' own switch (USE_HUB_KERNELS) is off too. `gguf`: also tell transformers' GGUF reader that `kernels` is
+    not installed, so that it does not ask for a kernel."""
     with ExitStack() as stack:
-        stack.enter_context(replaced(cast("dict[str, ModuleType | None]", sys.modules), kernels=None))
+        stack.enter_context(replaced(os.environ, USE_HUB_KERNELS="NO"))
+        for name, functions in FETCHERS.items():
+            if (module := _imported(name)) is not None:
+                present = {function: _refuse_fetch for function in functions if hasattr(module, function)}
+                stack.enter_context(replaced(vars(module), **present))
         for module in filter(None, map(_module, KERNEL_USERS if gguf else ())):
             stack.enter_context(replaced(vars(module), is_kernels_available=lambda *_versions: False))
         yield
+
+
+def _imported(name: str) -> ModuleType | None:
+    """The module with this name, imported now: a later import would bind the replaced functions for ever. None if the
+    package is not installed or cannot be imported: the library that needs it then raises that error itself."""
+    with suppress(Exception):
+        return importlib.import_module(name)
+    return None
+
+
+def _refuse_fetch(*_arguments: object, **_named: object) -> NoReturn:
+    """Stands in for every function that downloads code."""
+    raise ImportError("tunekit does not run code that is downloaded from the hub")
 
 
 def _module(name: str) -> ModuleType | None:
