@@ -86,5 +86,5 @@ def test_code_is_not_downloaded(function: tuple[str, str], monkeypatch: pytest.M
 def test_an_attention_kernel_of_the_hub_is_refused(tiny_llama: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    with no_fetched_code(), pytest.raises((ImportError, ValueError), match="downloaded|kernels"):
+    with no_fetched_code(), pytest.raises((ImportError, ValueError), match="downloaded"):
         AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="kernels-community/flash-attn2")
