@@ -49,7 +49,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_package_the_recipes_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     package = {file.relative_to(REPOSITORY).as_posix() for file in (REPOSITORY / "tunekit").rglob("*.py")}
-    for pattern in ("assets/*", "native/*.c", "reading/*.yaml"):
+    for pattern in ("assets/*", "tested_versions.txt", "native/*.c", "reading/*.yaml"):
         package |= {file.relative_to(REPOSITORY).as_posix() for file in (REPOSITORY / "tunekit").rglob(pattern)}
     files = [file for file in (REPOSITORY / "recipes").rglob("*") if file.is_file()]
     shipped = [file.relative_to(REPOSITORY / "recipes") for file in files]
