@@ -19,6 +19,8 @@ def clone(tmp_path: Path) -> Path:
     (tmp_path / "scripts").mkdir()
     shutil.copy(REPOSITORY / "scripts" / "setup", tmp_path / "scripts")
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "x"\n')
+    (tmp_path / "tunekit/machine").mkdir(parents=True)
+    (tmp_path / "tunekit/machine/tested_versions.txt").write_text("torch==2.13.0\n")
     whole = f'#!/bin/sh\ncase "$2" in pip) exit;; esac\nexec {shlex.quote(sys.executable)} "$@"\n'
     python = tmp_path / "python"
     python.write_text(
