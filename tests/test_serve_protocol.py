@@ -202,7 +202,7 @@ def test_an_answer_follows_a_schema(api: Any) -> None:
 def test_without_its_library_a_schema_is_refused(api: Any, monkeypatch: pytest.MonkeyPatch, speaker: Speaker) -> None:
     vars(speaker.template).pop("grammars", None)
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
-    with pytest.raises(openai.BadRequestError, match="need llguidance"):
+    with pytest.raises(openai.BadRequestError, match="needs llguidance"):
         chat(api, response_format={"type": "json_object"})
 
 

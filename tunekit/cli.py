@@ -155,12 +155,26 @@ def _say(error: BaseException) -> int:
     """Print an error, and return its exit code. Ranks other than the main rank do not print errors that the main rank
     prints anyway."""
     (text, code), rank = exit_message(error), os.environ.get("RANK", "0")
+    if code == EXIT_FAULT and not isinstance(error, TunekitError):
+        text, code = _library_message(error) or (text, code)
     alone = getattr(error, "alone", None)
     if alone is None:
         alone = code in (EXIT_FAULT, ResourceError.exit_code)
     if rank == "0" or alone:
         Console().error(text if rank == "0" else f"rank {rank}: {text}")
     return code
+
+
+def _library_message(error: BaseException) -> tuple[str, int] | None:
+    """The message and the exit code of an error that a library, not tunekit, may be to blame for: it cannot be
+    imported, or it failed inside itself in a version with which tunekit was not tested."""
+    from tunekit.machine.versions import import_failure, version_failure
+
+    if failure := import_failure(error):
+        return "; ".join(failure), InputError.exit_code
+    if failure := version_failure(error):
+        return f"{'; '.join(failure)}; `tunekit --debug ...` shows the traceback", EXIT_FAULT
+    return None
 
 
 def _commands(group: typer.Typer) -> Iterator[CommandInfo]:

@@ -25,6 +25,7 @@ from tunekit.machine.drivers import gpu_problem, intel_problem
 from tunekit.machine.environment import accelerator_names, library_versions, processor_name
 from tunekit.machine.memory import available_bytes
 from tunekit.machine.signals import StopSignals
+from tunekit.machine.versions import describe_package, differing_packages
 from tunekit.model.compute import resolve_dtype
 from tunekit.model.storage.model_folder import write_portable_copy
 from tunekit.model.storage.portable import read_model_files
@@ -58,7 +59,10 @@ def doctor_verb(clear: bool, json_file: str | None) -> None:
     versions, (values, shown, findings) = library_versions(), machine_facts()
     caches = {str(path): size for path, size in cache_sizes().items()}
     missing = {name: how for name, (modules, how) in FEATURES.items() if not all(map(find_spec, modules))}
-    console.panel("tunekit and its dependencies", versions | {"python": platform.python_version()})
+    packages = differing_packages() | {name: describe_package(name, version) for name, version in versions.items()}
+    rows = [[name, each.tested, each.marked] for name, each in packages.items()]
+    console.table(["package", "tested", "installed"], [*rows, ["python", None, platform.python_version()]])
+    findings += [f"{each} is too old: {each.advice}" for each in packages.values() if each.is_too_old]
     console.panel("this machine", shown)
     if caches:
         console.table(["cache", "size"], [[path, bytes_text(size)] for path, size in caches.items()])
@@ -68,7 +72,14 @@ def doctor_verb(clear: bool, json_file: str | None) -> None:
     if clear:
         clear_cache()
         console.info(f"{default_cache_folder()}: {bytes_text(cleared)} freed; a run recomputes the parts that it needs")
-    result = {"versions": versions, "machine": values, "cache_bytes": caches, "missing": missing}
+    tested = {name: each.tested for name, each in packages.items() if each.tested}
+    result = {
+        "versions": versions,
+        "tested_versions": tested,
+        "machine": values,
+        "cache_bytes": caches,
+        "missing": missing,
+    }
     write_result(result | {"findings": findings, "cleared_bytes": cleared})
 
 

@@ -23,6 +23,7 @@ from tunekit.errors import InputError
 from tunekit.machine.devices import make_devices
 from tunekit.machine.memory import available_bytes
 from tunekit.machine.network import LOCAL_HOSTS, connection_limit, names_this_machine
+from tunekit.machine.versions import needed
 from tunekit.model.families import make_family
 from tunekit.recipe.memory import size_bytes
 from tunekit.talking.adapters import Adapters, check_folder, name_of
@@ -180,7 +181,7 @@ def serve_verb(
     try:
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise InputError(f"serving needs {error.name}", "pip install 'tunekit[serve]'") from error
+        raise InputError(*needed("serving", "run: pip install 'tunekit[serve]'", error)) from error
     key = key or os.environ.get("TUNEKIT_API_KEY")
     if host not in LOCAL_HOSTS and not key:
         how = "set --api-key or TUNEKIT_API_KEY, or remove --host"

@@ -138,7 +138,8 @@ from tunekit.model.quantized.codec import import_bitsandbytes
 try:
     import_bitsandbytes()
 except ModelError as error:
-    assert "replaced: True" in str(error), error
+    assert "bitsandbytes" in str(error) and "replaced" not in str(error), error
+    assert str(error.__cause__) == "replaced: True", error.__cause__
 else:
     raise SystemExit("imported")
 assert torch.compile is compiler

@@ -231,7 +231,7 @@ def test_without_a_library_the_extra_is_named(
     picture, recipe = next(pictures.rglob("*.png")), write(tmp_path, vit, pictures)
     for module in [name for name in sys.modules if name.partition(".")[0] in ("PIL", "torchvision")]:
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(InputError, match=r"reading images needs Pillow, .*; run: pip install 'tunekit\[images\]'"):
+    with pytest.raises(InputError, match=r"reading images needs pillow, .*; run: pip install 'tunekit\[images\]'"):
         read_image(str(picture))
     with pytest.raises(InputError, match=r"augmentation needs torchvision, .*; run: pip install 'tunekit\[images\]'"):
         make_plan(load_recipe(str(recipe)))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import tunekit
+from tunekit.machine.versions import lowest_versions, normalised, tested_versions
 
 LIBRARIES = (
     "torch",
@@ -22,6 +23,7 @@ LIBRARIES = (
     "huggingface_hub",
     "numpy",
     "peft",
+    "kernels",
     "liger-kernel",
     "flash-attn",
     "mamba-ssm",
@@ -32,8 +34,8 @@ LIBRARIES = (
 
 def library_versions() -> dict[str, str]:
     """Versions of tunekit and its dependencies, read without importing them; missing packages are left out."""
-    versions = {"tunekit": tunekit.__version__}
-    for name in LIBRARIES:
+    versions, known = {"tunekit": tunekit.__version__}, {normalised(name) for name in LIBRARIES}
+    for name in (*LIBRARIES, *(name for name in lowest_versions() if name not in known)):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -75,7 +77,8 @@ def read_environment(*, device: str, more: Mapping[str, Any] | None = None) -> d
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": library_versions(),
+        "versions": (versions := library_versions()),
+        "tested_versions": {name: tested for name in versions if (tested := tested_versions().get(normalised(name)))},
         "cuda": torch.version.cuda,
         "rocm": torch.version.hip,
         "device": device,

@@ -17,7 +17,7 @@ def error_rate(name: str) -> Callable[[Sequence[str], Sequence[str]], float]:
         installed."""
         try:
             import jiwer
-        except ImportError:
+        except ModuleNotFoundError:
             what = f"{name} is computed by the package {LIBRARY[0]}, which is not installed"
             raise InputError(what, f"run: pip install '{LIBRARY[1]}'") from None
 

@@ -17,6 +17,7 @@ import torch
 
 from tunekit.console.loudness import is_verbose
 from tunekit.errors import ModelError, TunekitError
+from tunekit.machine.versions import import_failure, suspected, version_failure
 from tunekit.recipe.model import ModelSection
 
 # Modules of transformers that look for the package `kernels` when a GGUF file is loaded.
@@ -165,21 +166,29 @@ def model_errors(section: ModelSection, part: str = "") -> Iterator[None]:
         if CODE_ARGUMENT in text:
             how = "read that code, and set model.trust_remote_code: true if you trust it"
             raise ModelError(f"{name} runs remote code", how, key="model.trust_remote_code") from error
+        refuse_library(error, section.name_or_path)  # without `part`: one message for a library that fails twice
         why, how = _reason(error)
         raise ModelError(f"{name} cannot be loaded: {why}", how, key="model.name_or_path") from error
 
 
+def refuse_library(error: Exception, name: object) -> None:
+    """Raise a ModelError if the error is the fault of a library, not of the model's files. `name`: the model, or the
+    file, that was read with transformers."""
+    if failure := version_failure(error, "transformers"):
+        raise ModelError(f"{failure[0]} while it read {name}", failure[1], key="model.name_or_path") from error
+    if failure := import_failure(error):
+        what = f"{name} cannot be loaded: {failure[0]}"
+        raise ModelError(what, failure[1], key="model.name_or_path") from error
+
+
 def _reason(error: Exception) -> tuple[str, str]:
     """What an error of transformers means, in one line, and what to do about it."""
-    text = str(error)
-    if isinstance(error, ImportError) and (command := re.search(r"pip install [\w.-]+\w", text)):
-        what = re.search(r"\w+ requires the [\w-]+ library", text)
-        return what[0] if what else text.strip().partition("\n")[0], f"run: {command[0]}"
-    if unknown := re.search(r"model type `(.+?)` but Transformers does not recognize", text):
+    if unknown := re.search(r"model type `(.+?)` but Transformers does not recognize", str(error)):
         version = sys.modules["transformers"].__version__
         return f"transformers {version} does not know {unknown[1]}", "update transformers, or choose another base"
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0], "compare its files with the model's page, or choose another base"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    how, suspect = "compare its files with the model's page, or choose another base", suspected(error, "transformers")
+    return lines[0], how if suspect is None else f"{suspect.advice} ({suspect} is here); if that does not help, {how}"
 
 
 def refuse_code(error: Exception, file: Path) -> None:

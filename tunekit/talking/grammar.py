@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tunekit.basics import JsonObject
 from tunekit.errors import InputError
+from tunekit.machine.versions import needed
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.talking.tools import ToolFormat
 
@@ -26,7 +27,7 @@ class Grammars:
             import llguidance
         except ImportError as error:
             raise InputError(
-                "answers with a required format need llguidance", "pip install 'tunekit[serve]'"
+                *needed("an answer with a required format", "run: pip install 'tunekit[serve]'", error)
             ) from error
         self._matcher = llguidance.LLMatcher
         size = max(vocabulary_size, tokenizer.vocabulary_size)

@@ -22,6 +22,7 @@ from tunekit.evaluation.tasks.measure import measure_tasks
 from tunekit.evaluation.tasks.run import load_tasks
 from tunekit.machine.memory import device_peaks, peak_host_bytes
 from tunekit.machine.signals import TimeUp, time_limit
+from tunekit.machine.versions import error_words
 from tunekit.metrics.classes import class_facts
 from tunekit.model.quantized.weights import stored_bytes
 from tunekit.model.text.tokenizer import LoadedTokenizer
@@ -123,7 +124,7 @@ def _measure_tasks(folder: RunFolder, run: Run, *, compares: bool) -> None:
         console.warn(f"{KEY} left too little time for evaluation.tasks; measure them with: {command}")
         return
     except Exception as error:  # lm-eval and its data may raise anything; the trained run must not be lost
-        what = str(error) if isinstance(error, TunekitError) else f"{type(error).__name__}: {error}"
+        what = str(error) if isinstance(error, TunekitError) else error_words(error)
         console.warn(f"{what}: evaluation.tasks are not measured; measure them with: {command}")
         return
     run.state.seconds |= seconds

@@ -13,14 +13,15 @@ import torch
 from tunekit.contracts import Pixels
 from tunekit.data.encoding.images import HOW_TO_INSTALL
 from tunekit.errors import InputError
+from tunekit.machine.versions import needed
 
 
 def transforms() -> Any:
     """torchvision's transforms module. Raises: InputError if torchvision is not installed."""
     try:
         from torchvision.transforms import v2
-    except ImportError:
-        raise InputError("image augmentation needs torchvision, which is not installed", HOW_TO_INSTALL) from None
+    except (ImportError, RuntimeError) as error:  # the second: its operators do not fit this torch
+        raise InputError(*needed("image augmentation", HOW_TO_INSTALL, error)) from error
     return v2
 
 

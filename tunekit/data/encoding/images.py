@@ -19,6 +19,7 @@ import numpy as np
 from tunekit.contracts import Array, Pixels
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError, InputError
+from tunekit.machine.versions import needed
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
@@ -58,8 +59,8 @@ def _read(source: str | bytes, take: Callable[[PilImage], T]) -> T:
     """What `take` reads from the opened image."""
     try:
         from PIL import Image
-    except ImportError:
-        raise InputError("reading images needs Pillow, which is not installed", HOW_TO_INSTALL) from None
+    except ImportError as error:
+        raise InputError(*needed("reading images", HOW_TO_INSTALL, error)) from error
 
     file = source if isinstance(source, str) else None
     if file is not None and not Path(file).is_file():

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from tunekit.errors import DataError, InputError
 from tunekit.formats.media import Media
+from tunekit.machine.versions import needed
 
 SILENCE = 1e-4  # the largest sample of a silent recording: -80 dB
 RATES = (100, 768_000)  # possible samples per second: a header with another rate is damaged
@@ -80,8 +81,8 @@ def opened(media: Media) -> Iterator[Sound]:
     """
     try:
         import soundfile
-    except ImportError:
-        raise InputError("reading recordings needs soundfile, which is not installed", HOW_TO_INSTALL) from None
+    except (ImportError, OSError) as error:  # the second: no libsndfile
+        raise InputError(*needed("reading recordings", HOW_TO_INSTALL, error)) from error
     name, place = media.name, Path(media.path)
     if media.data is None and not place.is_file():
         what = "is no file" if place.exists() else "does not exist"

@@ -24,6 +24,7 @@ from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.several import LINES_OF_FILE, files_of
 from tunekit.errors import DataError
 from tunekit.formats.fields import Fields
+from tunekit.machine.versions import error_words
 from tunekit.recipe.data import Source
 
 # Separators of files that are wrongly called .csv -> advice
@@ -336,6 +337,7 @@ def _undecoded(rows: HubRows) -> HubRows:
 
 
 def _hub_error(source: Source, error: Exception) -> DataError:
-    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    first = error_words(error) if isinstance(error, ImportError) else lines[0]
     how = "check path, split, revision and network; without a network, only data sets in the cache can be read"
     return DataError(f"there is no such file, and the hub's data set cannot be loaded: {first}", how, file=source.path)

@@ -20,6 +20,7 @@ from tunekit.contracts import Objective, Progress, no_progress
 from tunekit.errors import InputError, ModelError, TunekitError, listed
 from tunekit.files.work_folder import temporary_folder
 from tunekit.machine.devices import Devices
+from tunekit.machine.versions import error_words, needed
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.model.transformers_guard import quiet, replaced
 from tunekit.recipe.evaluation import EvaluationSection
@@ -76,7 +77,7 @@ def require_harness() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise InputError(f"{KEY} needs {error.name}", "pip install 'tunekit[evals]'") from error
+        raise InputError(*needed(KEY, "run: pip install 'tunekit[evals]'", error)) from error
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def _read_task(path: Path) -> dict[str, Any]:
 
 def _task_error(what: str, error: Exception) -> InputError:
     how = "check the task's file, its data and the connection; tunekit --debug shows the place"
-    return InputError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}", how, key=KEY)
+    return InputError(f"{what}: {error_words(error)}", how, key=KEY)
 
 
 def _near(files: object, folder: Path) -> object:

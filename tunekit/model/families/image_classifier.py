@@ -22,7 +22,7 @@ from tunekit.model.families.family import Family
 from tunekit.model.families.structure import accepted_names, call_accepted, seeded_generator
 from tunekit.model.pretrained import config_of
 from tunekit.model.storage.source import find_source, read_json
-from tunekit.model.transformers_guard import quiet, refuse_code
+from tunekit.model.transformers_guard import quiet, refuse_code, refuse_library
 from tunekit.recipe.model import ModelSection
 from tunekit.records import JsonObject
 
@@ -179,9 +179,10 @@ class PixelProcessor:
         if isinstance(error, ImportError) and lacking:
             what = f"image processors need packages that are not installed: {' and '.join(lacking)}"
             return InputError(what, "run: pip install 'tunekit[images]'")
+        refuse_library(error, self.folder / CONFIG)
         first = str(error).strip().partition("\n")[0]
         what = f"the image processor cannot be loaded ({first})"
-        absent = isinstance(error, ImportError) or "could be imported" in first  # a package such as timm
+        absent = "could be imported" in first  # a package such as timm
         how = "install the package that this image processor needs" if absent else "fetch the model again"
         return ModelError(what, how, file=str(self.folder / CONFIG))
 

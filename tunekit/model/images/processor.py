@@ -14,10 +14,11 @@ from torch import Tensor
 from tunekit.contracts import Pixels, Tensors
 from tunekit.errors import DataError, InputError, ModelError, listed
 from tunekit.files.cache_folder import hash_of
+from tunekit.machine.versions import missing_package, needed
 from tunekit.model.images.limit import COUNT, limit_text, limit_tokens, most_tokens, write_settings
 from tunekit.model.parts import composite_classes
 from tunekit.model.storage.source import ModelSource, read_json
-from tunekit.model.transformers_guard import quiet, refuse_code
+from tunekit.model.transformers_guard import quiet, refuse_code, refuse_library
 from tunekit.records import JsonObject
 
 if TYPE_CHECKING:
@@ -79,9 +80,11 @@ class BaseImages:
                 return AutoProcessor.from_pretrained(str(self.folder), local_files_only=True, trust_remote_code=False)
         except FAULTS as error:
             refuse_code(error, self.folder)
-            what = f"the processor of {self.folder} cannot be loaded ({_first_line(error)})"
-            if isinstance(error, ImportError):
-                raise InputError(what, "install that package, or run: pip install 'tunekit[images]'") from error
+            what = f"the processor of {self.folder}"
+            if missing_package(error):
+                raise InputError(*needed(what, "run: pip install 'tunekit[images]'", error)) from error
+            refuse_library(error, what)
+            what = f"{what} cannot be loaded ({_first_line(error)})"
             how = "copy preprocessor_config.json and processor_config.json from the model's page into its folder"
             raise ModelError(what, how, key="model.name_or_path") from error
 

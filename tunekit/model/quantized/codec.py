@@ -22,6 +22,7 @@ from torch import Tensor
 from tunekit.contracts import Tensors
 from tunekit.errors import ModelError
 from tunekit.machine.devices import kind_of
+from tunekit.machine.versions import needed, package
 from tunekit.model.quantized import blocks, four_bit, fp8
 from tunekit.model.quantized.four_bit import BLOCK, NESTED_BLOCK
 from tunekit.model.transformers_guard import no_fetched_code, replaced
@@ -48,9 +49,10 @@ def import_bitsandbytes() -> ModuleType:
     try:
         with no_fetched_code(), replaced(vars(torch), compile=_uncompiled):
             import_module("bitsandbytes.functional")
-    except ImportError as error:
-        how = "install it, or choose quantization none or int8_weight_only"
-        raise ModelError(f"bitsandbytes cannot be imported ({error})", how, key="model.quantization") from error
+    except Exception as error:
+        what, how = needed("this quantization", f"run: pip install {package('bitsandbytes').requirement}", error)
+        others = "or choose quantization none or int8_weight_only"
+        raise ModelError(what, f"{how}, {others}", key="model.quantization") from error
     finally:
         logger.setLevel(level)
     return sys.modules["bitsandbytes"]

@@ -21,9 +21,10 @@ from torch import nn
 from tunekit.contracts import Modules, NamedModules
 from tunekit.errors import ModelError
 from tunekit.files.untrusted import printable
+from tunekit.machine.versions import needed
 from tunekit.model.quantized.codec import import_bitsandbytes
 from tunekit.model.storage.source import PIPELINE_INDEX, read_json
-from tunekit.model.transformers_guard import no_fetched_code, quiet
+from tunekit.model.transformers_guard import no_fetched_code, quiet, refuse_library
 from tunekit.recipe.model import ModelSection, PipelineModel
 
 if TYPE_CHECKING:
@@ -133,9 +134,10 @@ def import_diffusers() -> ModuleType:
     try:
         with quiet(), no_fetched_code():
             diffusers = import_module("diffusers")
-    except ImportError as error:
-        how = "run: pip install 'tunekit[diffusion]'"
-        raise ModelError("a diffusion pipeline needs diffusers, which is not installed", how, key=KEY) from error
+    except Exception as error:
+        raise ModelError(
+            *needed("a diffusion pipeline", "run: pip install 'tunekit[diffusion]'", error), key=KEY
+        ) from error
     return diffusers
 
 
@@ -217,7 +219,8 @@ def _load_part(folder: Path, class_name: str, dtype: torch.dtype, meta: bool) ->
                 output_loading_info=True,
                 **settings,
             )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
+        refuse_library(error, folder)
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(
             f"the model cannot be loaded ({first})", "fetch it again", file=str(folder), key=KEY

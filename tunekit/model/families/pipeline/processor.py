@@ -17,7 +17,7 @@ from tunekit.files.cache_folder import hash_of
 from tunekit.files.durable import write_json
 from tunekit.model.families.pipeline.parts import INDEX, PIPELINES, TEXT_ENCODERS, import_diffusers, read_index
 from tunekit.model.storage.source import find_source, read_json
-from tunekit.model.transformers_guard import quiet, refuse_code
+from tunekit.model.transformers_guard import quiet, refuse_code, refuse_library
 from tunekit.recipe.model import ModelSection
 from tunekit.records import JsonObject
 
@@ -69,8 +69,9 @@ class PipelineProcessor:
                     tokenizers[name] = AutoTokenizer.from_pretrained(
                         str(folder), local_files_only=True, trust_remote_code=False
                     )
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
                 refuse_code(error, folder)
+                refuse_library(error, folder)
                 first = str(error).partition("\n")[0]
                 what = f"the tokenizer cannot be loaded ({first})"
                 raise ModelError(what, "fetch the pipeline again", file=str(folder)) from error
