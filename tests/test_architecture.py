@@ -81,6 +81,7 @@ DOORS = {
     "regex": ("files/patterns",),
     "transformers": ("model", "exports/programs/inside"),
     "tokenizers": ("model",),
+    "tqdm": ("model/transformers_guard",),
     "huggingface_hub": ("model",),
     "gguf": ("model", "exports"),
     "libgguf": ("exports",),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from tests.architectures.tiny import write_tiny
 from tunekit.contracts import Sampling
@@ -14,6 +15,7 @@ from tunekit.errors import DataError
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.text.draws import draw
 from tunekit.model.text.generation import end_of_turn_ids, find_stop_ids, generate_texts
+from tunekit.model.text.slots import has_recurrent_state
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.recipe.model import ModelSection
 
@@ -64,6 +66,19 @@ def test_rows_that_disturb_each_other_are_answered_alone(kind: str, tmp_path: Pa
     prompts = [*PROMPTS, [9, 8, 7], [22]]
     found = generate_texts(model, tokenizer, prompts, max_new_tokens=6, batch_size=4, stop_ids=[])
     assert found == [greedy(model, prompt, 6, set()) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("kind", "carried"),
+    [
+        *[(kind, False) for kind in ("llama", "mistral", "gpt2", "gemma3n_text", "glm_moe_dsa", "bert")],
+        *[(kind, True) for kind in ("mamba", "falcon_h1", "zamba2", "qwen3_next", "jamba", "minimax")],
+    ],
+)
+def test_a_state_is_known_from_the_cache(kind: str, carried: bool) -> None:
+    net = torch.nn.Module()
+    net.config = AutoConfig.for_model(kind)
+    assert has_recurrent_state(net) == carried
 
 
 def test_learned_positions_are_padded_right_and_end(tmp_path: Path, tiny_llama: Path) -> None:

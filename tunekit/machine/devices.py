@@ -159,7 +159,7 @@ class Devices:
     peers: ClassVar[Peers | None] = None  # the other ranks, which a process meets once
 
     def __init__(self, wanted: torch.device | None = None) -> None:
-        from accelerate.state import PartialState
+        from accelerate import PartialState
         from accelerate.utils import check_cuda_p2p_ib_support
 
         if torch.cuda.is_available() and not (is_launched() and check_cuda_p2p_ib_support()):

@@ -13,8 +13,7 @@ from typing import Any, cast
 
 import psutil
 import torch
-from torch._C._distributed_c10d import Store, TCPStore
-from torch.distributed import DistError
+from torch.distributed import DistError, Store, TCPStore  # type: ignore[attr-defined]  # documented, but not in __all__
 
 from tunekit.errors import InputError, OtherRankError, Problem, ResourceError, TunekitError, exit_message, redact
 from tunekit.machine.environment import library_versions

@@ -85,9 +85,8 @@ def frozen_tensors(layer: nn.Module) -> list[Tensor]:
     an adapter is attached."""
     tensors: dict[int, Tensor] = {}
     for module in layer.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                tensors.setdefault(id(tensor), tensor)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            tensors.setdefault(id(tensor), tensor)
     return list(tensors.values())
 
 

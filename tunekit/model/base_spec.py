@@ -82,10 +82,9 @@ def read_base_spec(source: ModelSource, section: ModelSection, device: torch.dev
 def default_config(kind: str, settings: Mapping[str, object] | None = None) -> JsonObject:
     """`settings` of a model type, with transformers' defaults for all settings that are missing. Empty for a type that
     transformers does not know."""
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    if kind not in CONFIG_MAPPING_NAMES:
+    if kind not in CONFIG_MAPPING:
         return {}
     stated = {name: value for name, value in (settings or {}).items() if name != "model_type"}
     with quiet():  # its advice is printed where the base is read

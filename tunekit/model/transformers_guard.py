@@ -59,7 +59,7 @@ def quiet() -> Iterator[None]:
 
 def adafactor() -> Callable[..., torch.optim.Optimizer]:
     """transformers' Adafactor. torch's own always scales an update by the size of the parameter."""
-    from transformers.optimization import Adafactor
+    from transformers import Adafactor
 
     return Adafactor
 
@@ -81,20 +81,18 @@ def _silenced() -> Iterator[None]:
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Disable every tqdm bar, because the libraries' own switches do not disable all bars."""
-    from transformers.utils import logging as transformers_logging
+    from tqdm import tqdm  # the class of which all others inherit
 
-    bars = transformers_logging.tqdm_lib.tqdm
-    base = next((cls for cls in bars.__mro__ if cls.__module__ == "tqdm.std"), bars)
-    original, stored = base.__init__, vars(base)["__init__"]  # the latter may be a partial method of another library
+    original, stored = tqdm.__init__, vars(tqdm)["__init__"]  # the latter may be a partial method of another library
 
     def disabled(self: object, *positional: object, **named: object) -> None:
         original(self, *positional, **{**named, "disable": True})
 
-    base.__init__ = disabled
+    tqdm.__init__ = disabled
     try:
         yield
     finally:
-        base.__init__ = stored
+        tqdm.__init__ = stored
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from tunekit.model.load import LoadedModel
 from tunekit.model.parts import parts_apart
 from tunekit.model.quantized.codec import FOUR_BIT
 from tunekit.model.quantized.fp8 import CAPABILITY
+from tunekit.model.text.slots import has_recurrent_state
 from tunekit.planning.initialisation import continued_problems, initialisation_problems
 from tunekit.planning.kernels import kernel_problems
 from tunekit.planning.prepared import Prepared
@@ -212,7 +213,7 @@ def packing_obstacle(base: LoadedModel, kind: RowKind, whole_model_adapter: bool
         return "the adapter puts virtual tokens before each row"
     if not base.family.takes_positions(base.net):
         return f"{config.model_type} takes no position ids, so packed rows would attend to each other"
-    if getattr(base.net, "_is_stateful", False) or any(kind in name for name in kinds for kind in LINEAR_KINDS):
+    if has_recurrent_state(base.net) or any(kind in name for name in kinds for kind in LINEAR_KINDS):
         return f"{config.model_type} carries a state from token to token, so packed rows would affect each other"
     if not may_be_packed(base.net):
         return f"{config.model_type} computes its mask without positions, so packed rows would attend to each other"

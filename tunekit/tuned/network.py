@@ -71,7 +71,7 @@ def prepare_network(
 def _plain_users(net: nn.Module, weight: Tensor) -> list[nn.Module]:
     """The modules that multiply by or look up `weight`. Empty if the weight is trained or if an adapter uses it: then
     every rank keeps the whole weight."""
-    users = [module for module in net.modules() if any(own is weight for own in module._parameters.values())]
+    users = [module for module in net.modules() if any(own is weight for own in module.parameters(recurse=False))]
     wrapped = {id(inner) for module in net.modules() if isinstance(module, Wrapper) for inner in module.modules()}
     return [] if weight.requires_grad or any(id(user) in wrapped for user in users) else users
 
@@ -101,8 +101,8 @@ def copy_modules(base: LoadedModel) -> LoadedModel:
     the copy, but must not change values of tensors. Copy a base before it is prepared for a run."""
     shared: dict[int, object] = {id(part): part for part in parts_apart(base.net).values()}
     for module in base.net.modules():
-        named = {**module._parameters, **module._buffers, **vars(module)}
-        shared |= {id(value): value for value in named.values() if isinstance(value, Tensor)}
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False), *vars(module).values())
+        shared |= {id(value): value for value in own if isinstance(value, Tensor)}
     net: nn.Module = copy.deepcopy(base.net, shared)
     return replace(base, net=net, config=config_of(net))
 

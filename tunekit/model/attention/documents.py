@@ -244,12 +244,12 @@ def _mask_function(plain: str) -> Callable[..., object]:
     attention implementation `plain`, such as sdpa."""
 
     def make_mask(*, mask_function: Callable[..., Tensor], device: torch.device | str, **named: object) -> object:
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers import AttentionMaskInterface
 
         segments = current_call().segments
         padded, scripted = named.get("attention_mask") is not None, named.get("use_vmap", False)
         if segments is None or segments.single or segments.masked or padded or scripted:
-            return ALL_MASK_ATTENTION_FUNCTIONS[plain](mask_function=mask_function, device=device, **named)
+            return AttentionMaskInterface()[plain](mask_function=mask_function, device=device, **named)
         local = cast("int | None", named.get("local_size"))  # a window or a chunk
         causal = plain == "sdpa" and (local is None or segments.longest <= local)
         return DocumentMask(segments, None if causal else mask_function, torch.device(device))

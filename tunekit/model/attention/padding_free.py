@@ -47,10 +47,9 @@ def skip_padding(net: nn.Module, layers: Sequence[nn.Module], device: torch.devi
     if getattr(text_config(net), "is_decoder", False):
         return
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
     config._attn_implementation = NAME
     quicken_dropout(net)
     layers[0].register_forward_pre_hook(_remove_padding, with_kwargs=True)

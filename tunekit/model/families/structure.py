@@ -71,10 +71,10 @@ def base_name(net: nn.Module) -> str:
 
 def _is_bare(net: nn.Module) -> bool:
     """Whether the net is a text model without a head, as AutoModel loads it."""
-    from transformers import AutoModel
+    from transformers import MODEL_MAPPING
 
     config = getattr(net, "config", None)
-    bare = type(net) is AutoModel._model_mapping.get(type(config), None)
+    bare = type(net) is MODEL_MAPPING.get(type(config), None)
     return bare and getattr(net, "main_input_name", "") == "input_ids"
 
 

@@ -144,7 +144,7 @@ class PackedBase:
         module_name, _, tensor_name = name.rpartition(".")
         module = self.net.get_submodule(module_name)
         if isinstance(module, PackedLinear) and tensor_name in module.tensor_names:
-            module._buffers[tensor_name] = tensor
+            setattr(module, tensor_name, tensor)
         else:
             place(self.net, self.reader, name, tensor)
 

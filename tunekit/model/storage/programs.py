@@ -115,9 +115,9 @@ def _every_model(files: ModelFiles) -> str | None:
 
 
 def _installed_types() -> frozenset[str]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
-    return frozenset(CONFIG_MAPPING_NAMES)
+    return frozenset(CONFIG_MAPPING.keys())
 
 
 def _other_rope(

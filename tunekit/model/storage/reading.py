@@ -309,10 +309,11 @@ def place(net: nn.Module, reader: BaseReader, name: str, tensor: Tensor) -> None
     for alias in reader.aliases(name):
         path, _, attribute = alias.rpartition(".")
         module = net.get_submodule(path)
-        if attribute in module._parameters:
-            module._parameters[attribute] = holder.setdefault("parameter", nn.Parameter(tensor, requires_grad=False))
-        elif attribute in module._buffers:  # else a layer that is packed now
-            module._buffers[attribute] = tensor
+        before = getattr(module, attribute, None)
+        if isinstance(before, nn.Parameter):
+            setattr(module, attribute, holder.setdefault("parameter", nn.Parameter(tensor, requires_grad=False)))
+        elif isinstance(before, Tensor):  # else a layer that is packed now
+            setattr(module, attribute, tensor)
 
 
 def fill_net(net: nn.Module, reader: BaseReader) -> None:

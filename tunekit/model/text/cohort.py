@@ -13,11 +13,12 @@ from torch import Tensor
 from tunekit.contracts import Tensors
 from tunekit.errors import ModelError
 from tunekit.model.families import text_config
-from tunekit.model.families.structure import accepted_names, text_net
+from tunekit.model.families.structure import text_net
 from tunekit.model.load import LoadedModel
 from tunekit.model.pretrained import as_pretrained
 from tunekit.model.text.continuation import DecoderRow, States
 from tunekit.model.text.draws import Score, score
+from tunekit.model.text.slots import shares_slots
 from tunekit.model.transformers_guard import quiet
 
 if TYPE_CHECKING:
@@ -156,9 +157,8 @@ def reset_state(model: LoadedModel) -> None:
 @torch.no_grad()
 def rows_interact(model: LoadedModel, pad_id: int) -> bool:
     """Whether a row's answer depends on the other rows in its cohort: the recurrent state includes the padding (xlstm,
-    recurrent_gemma) or mixes rows (rwkv). Nets with such a state or without a mask are tested with two rows."""
-    net = as_pretrained(text_net(model.net))
-    if not getattr(net, "_is_stateful", False) and "attention_mask" in accepted_names(net):
+    recurrent_gemma) or mixes rows (rwkv). Bases whose rows cannot share a cache are tested with two rows."""
+    if model.family.reads_source or shares_slots(model):
         return False
     rows = torch.arange(2 * PROBE_TOKENS, device=model.device).view(2, -1)  # (B, T)
     mask, half = torch.ones_like(rows), PROBE_TOKENS // 2  # (B, T)
@@ -171,7 +171,7 @@ def rows_interact(model: LoadedModel, pad_id: int) -> bool:
             first = next(run)
             runs.append(torch.stack([first[0], run.send(first.argmax(dim=-1))[0]]))  # (2, V)
     alone, batched = runs
-    allowed = max(1e-4, 2 * torch.finfo(net.dtype).eps) * float(alone.abs().max())
+    allowed = max(1e-4, 2 * torch.finfo(as_pretrained(text_net(model.net)).dtype).eps) * float(alone.abs().max())
     return float((batched - alone).abs().max()) > allowed
 
 

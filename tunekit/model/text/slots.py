@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from torch import Tensor, nn
+from transformers import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tunekit.model.attention.self_attention import CACHE_NAMES
 from tunekit.model.families import text_config
@@ -24,6 +24,8 @@ from tunekit.model.pretrained import config_of
 
 if TYPE_CHECKING:
     from transformers import Cache
+
+STATELESS = ("Dynamic", "Dummy")  # transformers' names of layers that cache something per token, or nothing, begin so
 
 
 @dataclass
@@ -127,13 +129,19 @@ class SlotMemory:
 def shares_slots(model: LoadedModel) -> bool:
     """Whether rows of different lengths can share a key-value cache. Every layer must cache keys and values per token,
     and the net must accept a mask. This excludes bases with an encoder or a recurrent state."""
-    net = text_net(model.net)
-    if model.family.reads_source or getattr(net, "_is_stateful", False):
+    if model.family.reads_source or has_recurrent_state(model.net):
         return False
     layers = DynamicCache(config=config_of(model.net)).layers
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    names = accepted_names(net)
+    names = accepted_names(text_net(model.net))
     return plain and "attention_mask" in names and not names.isdisjoint(CACHE_NAMES)
+
+
+def has_recurrent_state(net: nn.Module) -> bool:
+    """Whether a layer carries a state from token to token, in its cache or (recurrent_gemma) in a module."""
+    layers = DynamicCache(config=config_of(net)).layers
+    carried = any(not type(layer).__name__.startswith(STATELESS) for layer in layers)
+    return carried or any(hasattr(module, "_setup_cache") for module in net.modules())
 
 
 def shared_length(model: LoadedModel) -> int | None:
