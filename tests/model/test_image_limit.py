@@ -67,7 +67,7 @@ EXPECTED: dict[str, dict[int, dict[str, Any] | None]] = {
     "internvl": {1280: {"max_patches": 3, "min_patches": 1}, 100: None},
     "llava_next": {3000: {}, 1900: None},
     "llava": {576: {}, 575: None},
-    "gemma3": {256: {}, 255: None},
+    "gemma3": {262: {}, 261: None},  # 256 features, two marks and four line ends
 }
 
 

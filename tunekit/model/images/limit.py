@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tunekit.errors import RecipeError
 from tunekit.files.durable import write_json
 from tunekit.records import JsonObject
@@ -21,6 +23,7 @@ SOFT_TOKENS = (70, 140, 280, 560, 1120)  # the values of max_soft_tokens that im
 # the ratio of the sides. One patch on the shorter side is more than its share of the area: such images are left out.
 LARGEST = [(4800 // high, 4800 // wide) for high in range(1, 41) for wide in range(1, 41) if min(high, wide) == 1]
 USUAL = [size for size in LARGEST if max(size) <= 4 * min(size)]
+SMALL = (64, 64)  # height and width of an image that is quickly processed
 COUNT = "_get_num_multimodal_tokens"  # transformers' method that counts tokens of images by their sizes
 PINPOINTS = "image_grid_pinpoints"
 PATCHES = "merge_size"  # a setting of image processors that write one token for a square of patches
@@ -31,14 +34,32 @@ NESTED = "image_processor"  # the key of processor_config.json with the image pr
 
 
 def most_tokens(native: ProcessorMixin, sizes: Sequence[tuple[int, int]] = USUAL) -> int:
-    """The maximum number of tokens that stand for an image, among images of these heights and widths.
+    """The maximum number of tokens that the processor writes for an image, with the marks around them, among images of
+    these heights and widths. The processor counts the features of each size. If it writes marks too, it is run on the
+    size with the most features.
 
     Raises: RecipeError if the processor does not count them.
     """
     if not hasattr(native, COUNT):
         what = f"{type(native).__name__} cannot limit the tokens of an image"
         raise RecipeError(what, "write auto, and make large images smaller", key=KEY)
-    return int(max(getattr(native, COUNT)(image_sizes=sizes)["num_image_tokens"]))
+    counts = _feature_counts(native, sizes)
+    if written_tokens(native, *SMALL) == _feature_counts(native, [SMALL])[0]:
+        return max(counts)
+    return max(max(counts), written_tokens(native, *sizes[counts.index(max(counts))]))
+
+
+def _feature_counts(native: ProcessorMixin, sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """The number of features of an image of each size. Before transformers 5.25, some types also count marks."""
+    return list(map(int, getattr(native, COUNT)(image_sizes=sizes)["num_image_tokens"]))
+
+
+def written_tokens(native: ProcessorMixin, height: int, width: int) -> int:
+    """The number of tokens that the processor writes for an image of this size."""
+    image, placeholder = np.zeros((height, width, 3), np.uint8), str(native.image_token)
+    output = native(images=[[image]], text=[placeholder], padding=False, return_text_replacement_offsets=True)
+    [[replacement, *_]] = output["text_replacement_offsets"]
+    return len(native.tokenizer(str(replacement["replacement"]), add_special_tokens=False)["input_ids"])
 
 
 def limit_tokens(native: ProcessorMixin, tokens: int) -> JsonObject:
@@ -54,17 +75,23 @@ def limit_tokens(native: ProcessorMixin, tokens: int) -> JsonObject:
 
 
 def _lower_size(native: ProcessorMixin, unlimited: JsonObject, tokens: int) -> JsonObject:
-    """The settings with the largest size within the limit."""
+    """The settings with the largest size within the limit. Features are counted first, and marks at the end, because
+    counting marks takes a run of the processor."""
+    sizes = USUAL if PATCHES in unlimited else LARGEST
 
     def most(number: int) -> int:
         _apply(native, unlimited, _settings(unlimited, number))
-        return most_tokens(native, USUAL if PATCHES in unlimited else LARGEST)
+        return max(_feature_counts(native, sizes))
+
+    def written(number: int) -> int:
+        _apply(native, unlimited, _settings(unlimited, number))
+        return most_tokens(native, sizes)
 
     # the base's own configuration has the same pinpoints, and both must be equal
     if unlimited.get(PINPOINTS) or not _settings(unlimited, 1) or (smallest := most(1)) == most(LARGER):
         return _fixed(native, unlimited, tokens)
     if smallest > tokens:
-        raise _too_few(tokens, smallest)
+        raise _too_few(tokens, written(1))
     low, high = 1, 2
     while high <= 4 * tokens and most(high) <= tokens:
         low, high = high, 2 * high
@@ -73,6 +100,10 @@ def _lower_size(native: ProcessorMixin, unlimited: JsonObject, tokens: int) -> J
         low, high = (middle, high) if most(middle) <= tokens else (low, middle)
     if PATCHES in unlimited:  # sides that need no rounding reach the number of pixels, which some types count per frame
         low = min(low, tokens * round(MANY / most(MANY)))
+    while (count := written(low)) > tokens:
+        if low == 1:
+            raise _too_few(tokens, count)
+        low = min(low - 1, max(low * tokens // count, 1))
     return _settings(unlimited, low)
 
 
