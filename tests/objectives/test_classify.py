@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -30,6 +31,7 @@ from transformers import (
     T5ForConditionalGeneration,
     get_scheduler,
 )
+from transformers.models.deberta.modeling_deberta import DisentangledSelfAttention
 
 from tests.conftest import write_tiny_llama
 from tests.support.data_case import tokenizer_of
@@ -612,8 +614,18 @@ def test_a_kept_head_of_another_width_names_the_tensor_and_the_file(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_deberta_computes_in_float32_only(bert: Path, tmp_path: Path, dtype: str) -> None:
-    """transformers makes some of its biases in float32, and multiplies them with 16-bit numbers."""
+def test_deberta_computes_in_float32_only(
+    bert: Path, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers made some of its biases in float32 until 5.25, and multiplied them with 16-bit numbers."""
+    make = DisentangledSelfAttention.__init__
+
+    def make_older(module: nn.Module, config: DebertaConfig) -> None:
+        make(module, config)
+        for name in ("q_bias", "v_bias"):
+            setattr(module, name, nn.Parameter(getattr(module, name).float()))
+
+    monkeypatch.setattr(DisentangledSelfAttention, "__init__", make_older)
     tokenizer = AutoTokenizer.from_pretrained(bert)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = DebertaConfig(vocab_size=len(tokenizer), relative_attention=True, pos_att_type=["c2p", "p2c"], **sizes)

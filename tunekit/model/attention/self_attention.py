@@ -70,9 +70,9 @@ def _attention(config: PreTrainedConfig, name: str, module: nn.Module, layer: in
     Raises: ModelError for a kind of layer that does not work with prefixes.
     """
     parameters = parameters_of(module)
-    if ("alibi" in parameters and getattr(config, "alibi", True)) or (
-        "position_bias" in parameters and not hasattr(module, "compute_bias")
-    ):
+    bias = "position_bias" in parameters and not hasattr(module, "compute_bias")
+    # since transformers 5.25, Falcon's attention reads the bias in its mask
+    if bias or getattr(config, "alibi", "alibi" in parameters):
         raise no_way_in(config, "its positions are an attention bias of fixed size")
     kinds = getattr(config, "layer_types", None)
     if kinds and kinds[layer] not in ("full_attention", "sliding_attention"):
