@@ -9,13 +9,14 @@ import pytest
 
 from tests.architectures.cells import CELLS, run_cells, table, verdict
 from tests.architectures.tiny import PROMISED, model_types, write_tiny
+from tunekit.machine.versions import package
 
 RESULTS = Path(__file__).resolve().parents[2] / "scripts" / "results" / "models.json"
 FOUND = json.loads(RESULTS.read_text("utf-8"))
 
 
 @pytest.mark.sampled(6)
-@pytest.mark.parametrize("name", model_types())
+@pytest.mark.parametrize("name", sorted(model_types().keys() & FOUND.keys()))
 @pytest.mark.filterwarnings("ignore")
 def test_a_type_is_as_the_table_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -31,7 +32,11 @@ def test_a_type_is_as_the_table_says(name: str, tmp_path: Path, monkeypatch: pyt
 
 def test_every_type_is_right_or_refused() -> None:
     verdicts = {name: verdict(row["cells"]) for name, row in FOUND.items()}
-    assert verdicts.keys() == model_types().keys()
+    transformers = package("transformers")
+    if not transformers.is_newer:  # a newer release may list types that no table has yet
+        assert model_types().keys() <= verdicts.keys()
+    if transformers.installed == transformers.tested:
+        assert verdicts.keys() <= model_types().keys()
     assert {verdicts[name] for name in PROMISED} == {"right"}
     assert set(verdicts.values()) == {"right", "refused"}
 

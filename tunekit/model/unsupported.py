@@ -22,7 +22,9 @@ REASONS = {
         " ernie marian mbart megatron-bert mvp pegasus plbart prophetnet rembert roberta roberta-prelayernorm roc_bert"
         " roformer trocr whisper xlm xlm-roberta xlm-roberta-xl xmod"
     ),
-    OTHER_TASK: ("diffusion_gemma gemma4_assistant gemma4_unified_assistant musicgen musicgen_melody pi0 shieldgemma2"),
+    OTHER_TASK: (
+        "diffusion_gemma gemma4_assistant gemma4_unified_assistant musicgen musicgen_melody pi0 pi05 shieldgemma2"
+    ),
     NEEDS_IMAGES: "blip blip-2 git idefics instructblip instructblipvideo kosmos-2 kosmos-2.5",
     ALONE: "cpmant dory",
     RANDOM: "phimoe",
