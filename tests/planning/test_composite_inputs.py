@@ -53,7 +53,7 @@ def unknown_type(folder: Path) -> None:
 def needs_timm(folder: Path) -> None:
     no_shard(folder)
     (folder / "model.safetensors.index.json").unlink()
-    save_file({"model.weight": torch.zeros(1)}, folder / "model-00001-of-00002.safetensors", {"format": "pt"})
+    save_file({"model.weight": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
     config = CONFIG_MAPPING["gemma3n"]()
     config.architectures = ["Gemma3nForConditionalGeneration"]
     config.save_pretrained(folder)
@@ -80,7 +80,13 @@ CASES: list[tuple[Callable[[Path], None], str, dict[str, object], str]] = [  # d
     ("damage", "base", "adapter", "message"), CASES, ids=[f"{c[0].__name__}-{c[2]}" for c in CASES]
 )
 def test_wrong_input_is_refused_in_one_line(
-    damage: Callable[[Path], None], base: str, adapter: dict[str, object], message: str, place: Path, tmp_path: Path
+    damage: Callable[[Path], None],
+    base: str,
+    adapter: dict[str, object],
+    message: str,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = shutil.copytree(place / base, tmp_path / "model")
     damage(folder)
@@ -90,7 +96,10 @@ def test_wrong_input_is_refused_in_one_line(
         adapter = {"init_from": str(place / str(adapter["init_from"]))}
     values = json.loads(write_recipe(tmp_path, folder, adapter={"dropout": 0.0}).read_text())
     values["adapter"] = adapter
+    recipe = write_sections(tmp_path, values, {})
+    if damage is not unchanged:  # before any row is encoded
+        monkeypatch.setattr("tunekit.planning.prepare.load_rows", lambda *_, **__: pytest.fail("rows are encoded"))
     with pytest.raises(TunekitError, match=message) as caught:
-        train(write_sections(tmp_path, values, {}))
+        train(recipe)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2

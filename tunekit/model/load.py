@@ -24,6 +24,7 @@ from tunekit.model.pretrained import config_of
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import PackedLinear, adopt_packed, element_count
 from tunekit.model.storage import inspection
+from tunekit.model.storage.by_transformers import from_pretrained, meta_net
 from tunekit.model.storage.gguf import gguf_arguments, parsed_once
 from tunekit.model.storage.gguf_facts import FOLDER
 from tunekit.model.storage.mapped import mapped_net
@@ -31,7 +32,7 @@ from tunekit.model.storage.mapped_files import MappedFiles
 from tunekit.model.storage.packed_cache import cached_base
 from tunekit.model.storage.packing import packed_base, quantize_layers
 from tunekit.model.storage.quantized_layouts import open_weights
-from tunekit.model.storage.reading import fill_net, keep_float32, missing_modules, needs_copies, open_base, open_net
+from tunekit.model.storage.reading import fill_net, missing_modules, needs_copies, open_base, open_net
 from tunekit.model.storage.shards import holds_weights, read_headers
 from tunekit.model.storage.sidecar import Sidecar
 from tunekit.model.storage.source import ModelSource, find_source
@@ -118,11 +119,8 @@ def make_meta_model(section: ModelSection, *, device: torch.device, all_parts: b
     if indexed is not None:
         return _load_indexed(indexed, source, section, device, meta=True)
     spec = read_base_spec(source, section, device, weights=False)
-    with model_errors(section), quiet(), torch.device("meta"):
-        net = spec.family.auto_class().from_config(
-            spec.config, trust_remote_code=spec.section.trust_remote_code, **spec.arguments
-        )
-        keep_float32(net, spec.dtype)
+    files = _files(source)  # without files, assume that tensors are not aligned, which is most common
+    net = meta_net(spec, files)
     if not all_parts:
         spec.family.leave_out(net, section)
     if source.commit is not None and len(spec.family.new_head(section, net)) > len(spec.family.trained_with(net)):
@@ -130,7 +128,6 @@ def make_meta_model(section: ModelSection, *, device: torch.device, all_parts: b
     dense, alone = spec.is_dense, _can_be_read_alone(net, spec)
     if not alone:
         spec.refuse_transformers()
-    files = _files(source)  # without files, assume that tensors are not aligned, which is most common
     copied = dense and alone and (files is None or needs_copies(files, spec.dtype, device))
     untie_head(net, spec.family, files)
     new_modules = _new_modules(net, spec)
@@ -231,17 +228,7 @@ def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
     spec.refuse_transformers()
     section, source = spec.section, spec.source
     arguments = gguf_arguments(source) if source.gguf_file else {"use_safetensors": True}
-    with model_errors(section), quiet(), no_fetched_code(gguf=source.gguf_file is not None):
-        net, loading = spec.family.auto_class().from_pretrained(
-            str(source.folder),
-            config=spec.config,
-            local_files_only=True,
-            output_loading_info=True,
-            trust_remote_code=section.trust_remote_code,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            **spec.arguments,
-            **arguments,
-        )
+    net, loading = from_pretrained(spec, source.folder, **arguments)
     mismatched = cast(Iterable[tuple[str, Sequence[int], Sequence[int]]], loading["mismatched_keys"])
     if shapes := sorted((str(name), tuple(stored), tuple(wanted)) for name, stored, wanted in mismatched):
         if source.gguf_file is not None:

@@ -226,7 +226,7 @@ class Findings:
     def __init__(self, loaded: LoadedRecipe) -> None:
         self._loaded = loaded
         self.problems: list[Problem] = []
-        self._errors: list[TunekitError] = []
+        self.errors: list[TunekitError] = []
 
     def add(self, problems: Iterable[Problem]) -> None:
         """Add problems."""
@@ -240,14 +240,14 @@ class Findings:
         try:
             return work(*values, **named)
         except TunekitError as error:
-            self._errors.append(error)
+            self.errors.append(error)
             self.add(error.problems)
             return None
 
     def error(self) -> TunekitError:
         """One error with all problems. If all raised errors have the same class, it has this class too; otherwise it is
         a RecipeError."""
-        kinds = {type(error) for error in self._errors}
+        kinds = {type(error) for error in self.errors}
         kind = kinds.pop() if len(kinds) == 1 else RecipeError
         return kind.of(self.problems)
 

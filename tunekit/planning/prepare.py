@@ -21,7 +21,7 @@ from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.loaded_model import as_loaded
 from tunekit.model.storage.gguf import parsed_once
-from tunekit.model.storage.model_folder import check_copied_files
+from tunekit.model.storage.model_folder import check_copied_files, check_processor_files
 from tunekit.model.storage.source import find_source, is_here
 from tunekit.objectives.base import make_objective
 from tunekit.planning.checks import Findings, packing_obstacle, recipe_checks, run_checks, template_problems
@@ -32,6 +32,7 @@ from tunekit.planning.notes import end_notes, time_notes
 from tunekit.planning.prepared import Prepared, read_resources
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.load import LoadedRecipe
+from tunekit.recipe.model import HeadedModel, ModelSection
 from tunekit.recipe.recipe import Recipe
 from tunekit.targets.labels import start_facts
 from tunekit.training.state import Processors
@@ -116,13 +117,19 @@ def _read(
         processor = processors.get(key) or attempt(family.processor, model)
         labels = attempt(start_facts, recipe) or {}
         objective = attempt(make_objective, recipe.objective, processor, labels)
+        first = model if objective is None else _with_some_labels(objective.section(model, seed))
+        readable = processor is not None or family.reads_ids  # else the error is reported already
+        meta = attempt(make_meta_model, first, device=device) if readable else None
+        base = attempt(check_family, meta, recipe.objective.family)
+        if base is not None:
+            attempt(lambda: check_processor_files(model, find_source(model, weights=False).folder))
+        if findings.errors:  # before any row is encoded, which may take long
+            raise findings.error()
         rows = attempt(load_rows, recipe.data, objective, seed=seed)
         attempt(check_queries, rows, recipe.evaluation, recipe.data)
-        if objective is not None:
-            model = (objective if rows is None else rows.objective).section(model, seed)
-        readable = processor is not None or family.reads_ids  # else the error is reported already
-        meta = attempt(make_meta_model, model, device=device) if readable else None
-        base = attempt(check_family, meta, recipe.objective.family)
+        model = model if objective is None or rows is None else rows.objective.section(model, seed)
+        if rows is not None and model != first:  # the rows have the labels of its head
+            base = attempt(make_meta_model, model, device=device)
     adapter = attempt(_with_token_ids, recipe.adapter, processor)
     if recipe.adapter.trains_base and base is not None:  # it copies files of the base from its folder
         attempt(lambda: check_copied_files(model, find_source(model, weights=False).folder))
@@ -139,6 +146,12 @@ def _read(
     sections = (recipe.memory, recipe.training, recipe.evaluation)
     context = PlanContext(device, base, processor, rows.all, bool(rows.streams), *sections, targets, virtual_tokens)
     return recipe.model_copy(update={"adapter": adapter, "model": model}), context, rows
+
+
+def _with_some_labels(section: ModelSection) -> ModelSection:
+    """The section, with two labels if only the rows have the labels of its head."""
+    unknown = isinstance(section, HeadedModel) and not section.labels
+    return section.model_copy(update={"labels": ("0", "1")}) if unknown else section
 
 
 def _vocabulary_notes(context: PlanContext) -> Iterator[str]:

@@ -76,8 +76,14 @@ def check_copied_files(section: ModelSection, base: Path) -> None:
     Raises: ModelError if a composite base has no processor files, or if a file is a link that could lead to a private
     file.
     """
+    check_processor_files(section, base)
+    copied_files(section, base)
+
+
+def check_processor_files(section: ModelSection, base: Path) -> None:
+    """Raises: ModelError if a composite base has no processor files, which a merge of any adapter needs."""
     processor_files = make_family(family_of_base(section)).copied
-    if not any(path.name in processor_files for path in copied_files(section, base)) and processor_files:
+    if processor_files and not any((base / name).exists() for name in processor_files):
         what = f"{base} contains no processor files ({processor_files[0]}), which programs need to load its class"
         raise ModelError(what, "copy them from the place of the base into its folder", key=KEY)
 
