@@ -24,7 +24,6 @@ from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.several import LINES_OF_FILE, files_of
 from tunekit.errors import DataError
 from tunekit.formats.fields import Fields
-from tunekit.machine.versions import error_words
 from tunekit.recipe.data import Source
 
 # Separators of files that are wrongly called .csv -> advice
@@ -338,6 +337,10 @@ def _undecoded(rows: HubRows) -> HubRows:
 
 def _hub_error(source: Source, error: Exception) -> DataError:
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    first = error_words(error) if isinstance(error, ImportError) else lines[0]
+    first = lines[0]
+    if isinstance(error, ImportError):
+        from tunekit.machine.versions import error_words
+
+        first = error_words(error)
     how = "check path, split, revision and network; without a network, only data sets in the cache can be read"
     return DataError(f"there is no such file, and the hub's data set cannot be loaded: {first}", how, file=source.path)
