@@ -224,7 +224,17 @@ def _shrunk(default: Any, layers: int) -> Any:
         values |= lists | {name: count for name in LAYER_COUNTS.split() if name in kind.__dataclass_fields__}
     if "kv_lora_rank" in values:
         values |= MULTI_HEAD
-    return kind(**(values | OWN.get(default.model_type, {})))
+    return kind(**(values | _repeated(OWN.get(default.model_type, {}), int(values.get("num_hidden_layers", layers)))))
+
+
+def _repeated(values: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The values, with lists that have an entry for each of `layers` layers."""
+    types = values.get("layer_types", [])
+    if types and "num_hidden_layers" not in values:
+        values = values | {"layer_types": (types * layers)[: max(layers, len(types))]}
+    if "attention_types" in values:
+        values = values | {"attention_types": values["attention_types"] * (layers // 2)}
+    return values
 
 
 def _small_values(default: Any, layers: int) -> Iterator[tuple[str, Any]]:

@@ -225,14 +225,20 @@ def test_a_table_names_pictures_and_bad_ones_are_told(tmp_path: Path, vit: Path,
         make_plan(load_recipe(str(listed), []))
 
 
+def hide(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [name for name in sys.modules if name.partition(".")[0] == library]:
+        monkeypatch.setitem(sys.modules, module, None)
+
+
 def test_without_a_library_the_extra_is_named(
     tmp_path: Path, vit: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture, recipe = next(pictures.rglob("*.png")), write(tmp_path, vit, pictures)
-    for module in [name for name in sys.modules if name.partition(".")[0] in ("PIL", "torchvision")]:
-        monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(InputError, match=r"reading images needs pillow, .*; run: pip install 'tunekit\[images\]'"):
-        read_image(str(picture))
+    with monkeypatch.context() as hiding:
+        hide("PIL", hiding)
+        with pytest.raises(InputError, match=r"images needs pillow, .*; run: pip install 'tunekit\[images\]'"):
+            read_image(str(picture))
+    hide("torchvision", monkeypatch)
     with pytest.raises(InputError, match=r"augmentation needs torchvision, .*; run: pip install 'tunekit\[images\]'"):
         make_plan(load_recipe(str(recipe)))
 

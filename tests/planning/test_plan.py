@@ -47,6 +47,7 @@ PLANNABLE: dict[str, list[str]] = {
     "data.train.0.weight": ["1", "1.", "0.5", "3"],
     "data.eval": ["0.3", "null", "eval.jsonl", "[eval.jsonl]"],
     "data.chat_template": ["null"],
+    "data.image_tokens": ["auto"],  # the rows have no images
     "data.max_length": ["512", "2048", "2e3"],
     "data.excess_length": ["drop", "truncate"],
     "adapter.r": ["1", "8"],

@@ -113,7 +113,8 @@ class BaseImages:
         """The id at which the base puts features of images."""
         from transformers import AutoConfig
 
-        return int(AutoConfig.from_pretrained(str(self.folder), local_files_only=True).image_token_id)
+        config = AutoConfig.from_pretrained(str(self.folder), local_files_only=True, trust_remote_code=False)
+        return int(config.image_token_id)
 
     @cached_property
     def fingerprint(self) -> str:
