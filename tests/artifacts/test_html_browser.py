@@ -50,9 +50,10 @@ TABLES_WIDER_THAN_THEIR_FRAME = """[...document.querySelectorAll(".scroll:has(ta
 
 
 def browser_path() -> str:
-    """Of the browser in which the pages are looked at."""
+    """The browser in which the pages are looked at. Skips the test if there is none."""
     path = os.environ.get("TUNEKIT_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
-    assert path, "the pages are looked at in a browser: install chromium, or name one by TUNEKIT_BROWSER"
+    if not path:
+        pytest.skip("the pages are looked at in a browser: install chromium, or name one by TUNEKIT_BROWSER")
     return path
 
 
