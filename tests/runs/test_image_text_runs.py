@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.support.image_text_case import TOKENS, image_row, write_image_rows, write_image_text, write_images
@@ -233,11 +234,12 @@ def test_rows_of_text_alone_load_no_tower(folder: Path, tmp_path: Path) -> None:
     plain = train(write_recipe(tmp_path / "plain", folder, data={"max_length": 400}, training=TRAINING))
     plan = json.loads((plain / "plan.json").read_text())
     assert any("left alone and not loaded: model.visual" in note for note in plan["notes"])
-    text = tmp_path / "text"  # the same rows, on a base whose processor's files are absent
-    text.mkdir()
-    for file in folder.iterdir():
-        if "processor" not in file.name:
-            (text / file.name).write_bytes(file.read_bytes())
+    text = tmp_path / "text"  # the same rows, on a base whose tower would spoil whatever it touched
+    shutil.copytree(folder, text)
+    stored = load_file(folder / "model.safetensors")
+    spoiled = {name: tensor * torch.nan if ".visual." in f".{name}" else tensor for name, tensor in stored.items()}
+    assert any(tensor.isnan().any() for tensor in spoiled.values())
+    save_file(spoiled, text / "model.safetensors", {"format": "pt"})
     other = train(write_recipe(tmp_path / "other", text, data={"max_length": 400}, training=TRAINING))
     assert without_times(records(plain)) == without_times(records(other))
 
